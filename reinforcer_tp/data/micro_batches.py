@@ -1,0 +1,63 @@
+"""A global batch -> this rank's packed micro-batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reinforcer_tp.data.loader import PackedBatch, build_packed_batch, packed_lengths
+from reinforcer_tp.data.packing import pack
+from reinforcer_tp.data.prepare import TokenizedSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatching:
+    """How global batches are cut; the same value on every rank but for `dp_rank`."""
+
+    max_tokens: int | None  # tokens of a packed row; None = no limit
+    max_pairs: int | None  # pairs of a packed row; None = no limit
+    dp_rank: int
+    dp_size: int
+    divisible_by: int  # row lengths are multiples of this: tp under sequence parallelism
+    equal_rows: bool  # pad all rows of a batch to the longest: pipeline stages need one shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """This rank's part of one global batch."""
+
+    batches: tuple[PackedBatch, ...]
+    num_tokens: int  # real tokens
+    num_slots: int  # tokens with padding
+
+
+def micro_batches(
+    pairs: TokenizedSet,
+    rows: Sequence[int],  # indices into `pairs`: one global batch
+    cut: MicroBatching,
+    reference: Mapping[int, np.ndarray] | None = None,  # index -> (C + R,) float32
+) -> MicroBatches:
+    """Packs the global batch over all ranks and builds this rank's rows.
+
+    Raises ValueError when a pair is longer than `max_tokens`.
+    """
+    lengths = packed_lengths(pairs.lengths(), rows)
+    plan = pack(lengths, max_tokens=cut.max_tokens, max_pairs=cut.max_pairs, num_ranks=cut.dp_size)
+    longest = max((sum(lengths[i] for i in bin_) for rank in plan for bin_ in rank), default=0)
+    row_length = -(-max(longest, 1) // cut.divisible_by) * cut.divisible_by
+    batches = []
+    for positions in plan[cut.dp_rank]:
+        members = [rows[i] for i in positions]
+        batches.append(
+            build_packed_batch(
+                [pairs[i] for i in members],
+                reference_logps=None if reference is None else [reference[i] for i in members],
+                row_length=row_length if cut.equal_rows else None,
+                divisible_by=cut.divisible_by,
+            )
+        )
+    return MicroBatches(
+        batches=tuple(batches),
+        num_tokens=sum(b.num_tokens for b in batches),
+        num_slots=sum(b.tokens.shape[0] for b in batches),
+    )

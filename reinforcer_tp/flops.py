@@ -1,0 +1,29 @@
+"""Model FLOPs of a step, and the peak rates they are read against."""
+
+from reinforcer_tp.mcore.model import ModelShape
+
+# Dense bfloat16 tensor-core rates in TFLOP/s, from NVIDIA's datasheets.
+_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+
+
+def training_flops(
+    shape: ModelShape, *, num_tokens: float, num_response_tokens: float, sum_squared_lengths: float
+) -> float:
+    """FLOPs of one forward and backward (3x forward) over real tokens; recompute is not counted.
+
+    Per token and layer 2 FLOPs a weight; attention 2 * 2 * E * H a visible key (half the square of
+    each sequence's length); the head on response tokens only.
+    """
+    d = shape.hidden_size
+    queries = shape.num_heads * shape.head_dim
+    keys = shape.num_kv_heads * shape.head_dim
+    layer_weights = d * (2 * queries + 2 * keys) + 3 * d * shape.ffn_hidden_size
+    linear = 2 * shape.num_layers * layer_weights * num_tokens
+    attention = shape.num_layers * 4 * queries * sum_squared_lengths / 2
+    head = 2 * d * shape.vocab_size * num_response_tokens
+    return 3 * (linear + attention + head)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The device's dense bfloat16 rate, None when it is not in the table."""
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)

@@ -1,0 +1,103 @@
+"""What Megatron-core needs to run without CUDA. Applied only when there is no CUDA device.
+
+Megatron-core 0.16 names the device "cuda" in a few places (`torch.zeros(..., device="cuda")`,
+`torch.cuda.current_device()`, `tensor.type() == "torch.cuda.FloatTensor"`). There is no setting for it,
+so this module is the one place that assigns into `torch.cuda` and `megatron.*`. Nothing here changes
+arithmetic: it only answers "cpu" where Megatron asks for the current CUDA device.
+"""
+
+import contextlib
+import importlib
+import types
+
+import torch
+
+_FACTORIES = ("zeros", "ones", "empty", "tensor")
+# Modules that write device="cuda" into a factory call; seen in 0.16.1.
+_MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.utils",
+)
+_applied = False
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch` as the modules above see it: factories answer device="cuda" with a CPU tensor."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _on_cpu(factory):
+        def make(*args, device=None, **kwargs):
+            is_cuda = device is not None and str(device).startswith("cuda")
+            return factory(*args, device="cpu" if is_cuda else device, **kwargs)
+
+        return make
+
+
+def apply_cpu_support() -> None:
+    """Makes Megatron-core usable on a machine without CUDA. Does nothing the second time.
+
+    Raises:
+        AssertionError: a CUDA device is there (our own invariant: the caller has to ask first).
+    """
+    global _applied
+    assert not torch.cuda.is_available(), "CPU support must not be applied next to a CUDA device"
+    if _applied:
+        return
+    _applied = True
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+        new_state
+    )
+    proxy = _TorchOnCpu()
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(name).torch = proxy
+
+
+@contextlib.contextmanager
+def cuda_type_names():
+    """Within it, CPU tensors call themselves "torch.cuda.FloatTensor" and so on.
+
+    Megatron's optimizers sort parameters by that name when they are built and when they clip.
+    On a machine with CUDA this changes nothing.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def cuda_type(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original

@@ -1,0 +1,362 @@
+"""A Hugging Face config -> Megatron's TransformerConfig, layer spec and GPTModel that returns hidden states.
+
+Legend: T packed tokens, D hidden, V vocabulary (Vp rows of it on this tensor-parallel rank).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+
+from reinforcer_tp.mcore.attention import PackedAttention, PackedAttentionParams, segment_groups
+from reinforcer_tp.mcore.topology import Topology
+
+DTYPES = {
+    "float64": torch.float64,  # tests only; the config does not offer it
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_FAMILIES = {  # architecture -> (bias on q, k, v; norm on q and k)
+    "LlamaForCausalLM": (False, False),
+    "MistralForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers of a Hugging Face `config.json` that decide the network, checked."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    initializer_range: float
+    max_positions: int
+
+    def padded_vocab_size(self, tp_size: int) -> int:
+        """Rows of embedding and head, the next multiple of `tp_size`."""
+        return -(-self.vocab_size // tp_size) * tp_size
+
+
+def model_shape(hf_config: Any) -> ModelShape:
+    """Reads a transformers config object.
+
+    Raises:
+        ValueError: an architecture, activation, bias or attention window that is not built.
+    """
+    architecture = (hf_config.architectures or ["(none)"])[0]
+    if architecture not in _FAMILIES:
+        raise ValueError(
+            f"model architecture {architecture!r} is not supported; expected one of "
+            f"{', '.join(_FAMILIES)}; choose another policy.model_name"
+        )
+    qkv_bias, qk_norm = _FAMILIES[architecture]
+    _refuse_unbuilt(hf_config, architecture)
+    num_heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
+    return ModelShape(
+        architecture=architecture,
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or num_heads,
+        head_dim=head_dim,
+        vocab_size=hf_config.vocab_size,
+        norm_eps=hf_config.rms_norm_eps,
+        tied=bool(hf_config.tie_word_embeddings),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        initializer_range=hf_config.initializer_range,
+        max_positions=hf_config.max_position_embeddings,
+    )
+
+
+def _refuse_unbuilt(hf_config: Any, architecture: str) -> None:
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for key, value in expected.items():
+        got = getattr(hf_config, key, value)
+        if got != value:
+            raise ValueError(f"{architecture} with {key}={got!r} is not built; expected {value!r}")
+    partial = (getattr(hf_config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ValueError(f"{architecture} with partial_rotary_factor={partial} is not built")
+
+
+def check_window(hf_config: Any, max_length: int) -> None:
+    """Refuses lengths at which the model's sliding window would hide keys.
+
+    `max_length`: tokens of the longest sequence. Attention here is full within a sequence, which is
+    the same thing as long as every sequence fits the window.
+    """
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None) or []
+    is_used = getattr(hf_config, "use_sliding_window", True) and (
+        not layer_types or "sliding_attention" in layer_types
+    )
+    if window and is_used and max_length > window:
+        raise ValueError(
+            f"policy.max_total_sequence_length={max_length} exceeds the model's sliding_window="
+            f"{window}, and sliding-window attention is not built; use at most {window}"
+        )
+
+
+def rope_frequencies(hf_config: Any) -> tuple[Tensor, float]:
+    """Inverse frequencies (E/2,) float32 and the factor on cos and sin, from transformers' own tables.
+
+    Raises:
+        ValueError: a rope whose frequencies change with the length of the sequence.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf_config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        head_dim = (
+            getattr(hf_config, "head_dim", None)
+            or hf_config.hidden_size // hf_config.num_attention_heads
+        )
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponent), 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(
+            f"rope_type {kind!r} is not built; expected default, linear, llama3 or yarn"
+        )
+    inverse, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return inverse.float(), float(factor)
+
+
+def transformer_config(
+    shape: ModelShape, megatron: Any, *, dtype: torch.dtype, topology: Topology
+) -> TransformerConfig:
+    """Megatron's config. `megatron` is the config section `policy.megatron_cfg`."""
+    recompute: dict[str, Any] = {}
+    if megatron.activation_checkpointing:
+        recompute["recompute_granularity"] = megatron.recompute_granularity
+        if megatron.recompute_granularity == "full":
+            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # The fused variants are compiled by torch's JIT; nothing here is timed on a GPU yet.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        perform_initialization=False,  # every weight is loaded or drawn by mcore/weights.py
+        use_cpu_initialization=topology.device.type == "cpu",
+        calculate_per_token_loss=True,  # the contract of mcore/schedule.py
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        sequence_parallel=megatron.sequence_parallel,
+        num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
+        **recompute,
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """Megatron's own torch norm refuses sequence parallelism; this one marks its weight for it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        # finalize_model_grads sums gradients of weights so marked over the tp group.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def choose_layer_spec(wanted: str, device: torch.device) -> str:
+    """`policy.layer_spec`: "auto" is "te" on a GPU where transformer-engine imports, else "local"."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if wanted == "te" and not (HAVE_TE and device.type == "cuda"):
+        raise ValueError(
+            "policy.layer_spec=te needs a CUDA device and transformer-engine; "
+            "install it with pip install 'reinforcer-tp[gpu]' or use policy.layer_spec=local"
+        )
+    if wanted == "auto":
+        return "te" if HAVE_TE and device.type == "cuda" else "local"
+    return wanted
+
+
+def block_spec(kind: str, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The modules of this stage's layers: Megatron's local layout with our norm and attention.
+
+    "te" puts Transformer Engine's linears and norm in the same places, so the names of the
+    parameters are the same for both.
+    """
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    norm: type = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    mlp = spec.submodules.mlp.submodules
+    if kind == "te":
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        norm = TENorm
+        attention.linear_qkv = TEColumnParallelLinear
+        attention.linear_proj = TERowParallelLinear
+        mlp.linear_fc1 = TEColumnParallelLinear
+        mlp.linear_fc2 = TERowParallelLinear
+    spec.submodules.input_layernorm = norm
+    spec.submodules.pre_mlp_layernorm = norm
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    num_layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+
+
+class HiddenStateModel(GPTModel):
+    """A GPTModel that takes packed rows and returns the hidden states after the final norm.
+
+    The head is not applied: `output_weight()` goes to the fused operator instead.
+    """
+
+    def _preprocess(
+        self, input_ids, position_ids, decoder_input=None, padding_mask=None, **unused
+    ) -> tuple:
+        # Positions enter in attention.py, as cos and sin of the batch's own position ids.
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return decoder_input, None, None, None, None, padding_mask
+
+    def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:  # (T[/tp], 1, D)
+        return hidden_states
+
+    def output_weight(self) -> Tensor:  # (Vp, D)
+        """This rank's rows of the output embedding; the input embedding where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyModel:
+    """The stage of the network that this rank holds, and what is needed to run it."""
+
+    core: HiddenStateModel
+    config: TransformerConfig
+    shape: ModelShape
+    inverse_frequencies: Tensor  # (E/2,) float32
+    rope_factor: float
+
+    def attention_params(self, batch: Any) -> PackedAttentionParams:
+        """Rope tables and segments of one `PackedBatch`, on the batch's device."""
+        angles = batch.position_ids[:, None].float() * self.inverse_frequencies.to(
+            batch.position_ids.device
+        )
+        angles = torch.cat((angles, angles), dim=-1)  # (T, E)
+        device = batch.tokens.device
+        has_kernel = device.type == "cuda" and self.config.params_dtype.itemsize == 2
+        assert batch.kv_index is None, "shared prompts are not built"
+        return PackedAttentionParams(
+            cos=angles.cos() * self.rope_factor,
+            sin=angles.sin() * self.rope_factor,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            cu_seqlens_kv=batch.cu_seqlens_kv,
+            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_kv=batch.max_seqlen_kv,
+            groups=None if has_kernel else segment_groups(batch.cu_seqlens_q.cpu()),
+        )
+
+
+def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
+    """Builds this rank's stage with uninitialised weights; `mcore/weights.py` fills them.
+
+    `hf_config` is transformers' config object, `policy` the config section.
+    """
+    shape = model_shape(hf_config)
+    check_window(hf_config, policy.max_total_sequence_length)
+    config = transformer_config(
+        shape, policy.megatron_cfg, dtype=DTYPES[policy.precision], topology=topology
+    )
+    kind = choose_layer_spec(policy.layer_spec, topology.device)
+    core = HiddenStateModel(
+        config=config,
+        transformer_layer_spec=block_spec(kind, config),
+        vocab_size=shape.padded_vocab_size(topology.tp_size),
+        max_sequence_length=shape.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="none",
+    )
+    _mark_tensor_parallel(core)
+    core.to(topology.device)
+    inverse_frequencies, rope_factor = rope_frequencies(hf_config)
+    return PolicyModel(
+        core=core,
+        config=config,
+        shape=shape,
+        inverse_frequencies=inverse_frequencies,
+        rope_factor=rope_factor,
+    )
+
+
+def _mark_tensor_parallel(core: HiddenStateModel) -> None:
+    """Without it the gradient norm counts the shards of rank 0 only.
+
+    Megatron sets these attributes in its init functions, which perform_initialization=False skips.
+    """
+    for name, parameter in core.named_parameters():
+        if hasattr(parameter, "tensor_model_parallel"):
+            continue
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            set_tensor_model_parallel_attributes(parameter, True, 1, 1)
+        elif "linear_qkv" in name or "linear_fc1" in name or _is_vocab_weight(name):
+            stride = 2 if "linear_fc1" in name else 1
+            set_tensor_model_parallel_attributes(parameter, True, 0, stride)
+
+
+def _is_vocab_weight(name: str) -> bool:
+    return name in ("embedding.word_embeddings.weight", "output_layer.weight")

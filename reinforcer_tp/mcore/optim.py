@@ -1,0 +1,143 @@
+"""Megatron's DDP wrap, optimizer and LR schedule, and the one optimizer step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from reinforcer_tp.mcore.cpu import cuda_type_names
+from reinforcer_tp.mcore.model import PolicyModel
+from reinforcer_tp.mcore.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training step needs besides the model."""
+
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    max_grad_norm: float  # 0 = no clipping
+
+
+def build_training(
+    model: PolicyModel, policy: Any, topology: Topology, *, total_steps: int
+) -> Training:
+    """Wraps the model for data parallelism and makes its AdamW and LR schedule.
+
+    `policy` is the config section; `total_steps` (optimizer steps) is the default length of the decay.
+    """
+    megatron = policy.megatron_cfg
+    # At dp=1 the distributed optimizer shards nothing and costs time on a CPU.
+    use_distributed = megatron.optimizer.use_distributed_optimizer and topology.dp_size > 1
+    section = megatron.distributed_data_parallel_config
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=section.grad_reduce_in_fp32,
+            overlap_grad_reduce=section.overlap_grad_reduce,
+            overlap_param_gather=section.overlap_param_gather and use_distributed,
+            use_distributed_optimizer=use_distributed,
+        ),
+        model.core,
+    )
+    clip_grad = megatron.optimizer.clip_grad
+    max_grad_norm = policy.max_grad_norm if clip_grad is None else clip_grad
+    with cuda_type_names():
+        optimizer = get_megatron_optimizer(
+            _optimizer_config(policy, model.config.params_dtype, use_distributed), [ddp]
+        )
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = finalize_model_grads
+    if section.overlap_grad_reduce:
+        model.config.no_sync_func = ddp.no_sync
+    return Training(
+        ddp=ddp,
+        optimizer=optimizer,
+        scheduler=_scheduler(optimizer, megatron, total_steps),
+        max_grad_norm=max_grad_norm or 0.0,
+    )
+
+
+def _optimizer_config(policy: Any, dtype: torch.dtype, use_distributed: bool) -> OptimizerConfig:
+    section = policy.megatron_cfg.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,  # Megatron's rule: 1-D parameters are not decayed
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        clip_grad=0.0,  # optimizer_step clips, after it has looked at the norm
+        use_distributed_optimizer=use_distributed,
+    )
+
+
+def _scheduler(
+    optimizer: MegatronOptimizer, megatron: Any, total_steps: int
+) -> OptimizerParamScheduler:
+    section = megatron.scheduler
+    weight_decay = megatron.optimizer.weight_decay
+    warmup = section.lr_warmup_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=min(section.lr_warmup_init, megatron.optimizer.lr),
+        max_lr=megatron.optimizer.lr,
+        min_lr=min(megatron.optimizer.min_lr, megatron.optimizer.lr),
+        lr_warmup_steps=warmup,
+        # Megatron demands a decay longer than the warm-up, whatever the style.
+        lr_decay_steps=max(section.lr_decay_iters or total_steps, warmup + 1),
+        lr_decay_style=section.lr_decay_style,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def current_lr(training: Training) -> float:
+    """The learning rate that the next optimizer step will use."""
+    return float(training.optimizer.param_groups[0]["lr"])
+
+
+@torch.no_grad()
+def optimizer_step(training: Training) -> tuple[bool, float]:
+    """Clips and steps, unless the gradient norm is not finite. Collective.
+
+    Returns:
+        (whether weights were updated, gradient norm before clipping). With float16's dynamic loss
+        scale an overflow is an ordinary event: the scale is halved and the step is skipped.
+    """
+    with cuda_type_names():
+        found_inf = training.optimizer.prepare_grads()
+        if found_inf:
+            return False, math.inf
+        grad_norm = float(training.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return False, grad_norm
+        if training.max_grad_norm:
+            clip_grad_by_total_norm_fp32(
+                training.optimizer.get_parameters(), training.max_grad_norm, grad_norm
+            )
+        training.optimizer.step_with_ready_grads()
+    training.scheduler.step(increment=1)
+    return True, grad_norm
+
+
+def zero_grad(training: Training) -> None:
+    """Both are needed: DDP's buffer holds main_grad, the optimizer its own float32 copies."""
+    training.ddp.zero_grad_buffer()
+    training.optimizer.zero_grad()

@@ -1,0 +1,143 @@
+"""forward_step and Megatron's pipeline schedule; owns the loss-scaling contract with Megatron.
+
+The contract: `calculate_per_token_loss=True` and a loss function that returns
+`(sum over pairs, number of pairs as an int tensor, report)`. Megatron then divides nothing per
+micro-batch; `finalize_model_grads` divides the gradients once by the pairs of the global batch, summed
+over data-parallel ranks. So unequal and empty micro-batches are exact.
+
+Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from kernels import vocab_parallel_linear_logprob
+from reinforcer_tp.data.loader import PackedBatch
+from reinforcer_tp.mcore.model import PolicyModel
+from reinforcer_tp.mcore.topology import Topology
+
+# (policy_logps (N,) float32, batch) -> (sum of the loss over pairs, metric sums)
+LossFunction = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The model as the schedule runs it."""
+
+    model: PolicyModel
+    module: torch.nn.Module  # model.core, or its DDP wrap while training
+    topology: Topology
+    kernel_impl: str
+
+
+def response_logps(stage: Stage, hidden: Tensor, batch: PackedBatch) -> Tensor:  # (N,) float32
+    """Log-probs of the response tokens from the last stage's hidden states (T[/tp], 1, D)."""
+    model, topology = stage.model, stage.topology
+    if model.config.sequence_parallel:
+        # The operator sums dhidden over tp itself, so the backward here only takes its own part.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    weight = model.core.output_weight()
+    return vocab_parallel_linear_logprob(
+        hidden.squeeze(1).index_select(0, batch.response_index),
+        weight,
+        batch.labels,
+        vocab_start=topology.tp_rank * weight.shape[0],
+        vocab_size=model.shape.vocab_size,
+        tp_group=topology.tp_group if topology.tp_size > 1 else None,
+        impl=stage.kernel_impl,
+    )
+
+
+def forward_backward(
+    stage: Stage,
+    batches: Sequence[PackedBatch],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Runs every micro-batch; leaves gradients of (sum over pairs) / (pairs of the global batch).
+
+    `batches` are this data-parallel rank's; the number must be equal on all ranks. Returns the metric
+    sums of each micro-batch on the last stage, [] elsewhere.
+    """
+
+    def report(batch: PackedBatch, hidden: Tensor):
+        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch), batch)
+        num_pairs = torch.tensor(batch.num_pairs, dtype=torch.int, device=hidden.device)
+        return loss_sum, num_pairs, metrics
+
+    return _run(stage, batches, report, forward_only=forward_only, collect_non_loss_data=False)
+
+
+@torch.no_grad()
+def forward_logps(stage: Stage, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    """Log-probs (N,) float32 of each micro-batch on the last stage, [] elsewhere. Saves nothing."""
+
+    def report(batch: PackedBatch, hidden: Tensor, non_loss_data: bool):
+        return response_logps(stage, hidden, batch)
+
+    return _run(stage, batches, report, forward_only=True, collect_non_loss_data=True)
+
+
+def _run(
+    stage: Stage,
+    batches: Sequence[PackedBatch],
+    report: Callable,
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool,
+) -> list:
+    row_length = batches[0].tokens.shape[0]
+    is_pipelined = stage.topology.pp_size > 1
+    # Without variable_seq_lengths stages exchange tensors of one shape: a peer would hang otherwise.
+    assert not is_pipelined or all(b.tokens.shape[0] == row_length for b in batches)
+
+    def forward_step(iterator, module):
+        batch = next(iterator).to(stage.topology.device)
+        hidden = module(
+            input_ids=batch.tokens[None],
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=stage.model.attention_params(batch),
+        )
+        return hidden, partial(report, batch)
+
+    was_training = stage.module.training
+    stage.module.train(not forward_only)
+    with torch.no_grad() if forward_only else torch.enable_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=stage.module,
+            num_microbatches=len(batches),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
+    stage.module.train(was_training)
+    return reports
+
+
+def reduce_metrics(
+    sums: dict[str, float], names: Sequence[str], topology: Topology
+) -> dict[str, float]:
+    """Sums over data-parallel ranks of what the last stage counted, known to every rank after.
+
+    `sums` is read on the last stage only; `names` fixes the order on all of them.
+    """
+    values = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
+    if topology.is_last_stage:
+        values += torch.tensor([sums[n] for n in names], dtype=torch.float64)
+        dist.all_reduce(values, group=topology.dp_group)
+    if topology.pp_size > 1:
+        last = dist.get_global_rank(topology.pp_group, topology.pp_size - 1)
+        dist.broadcast(values, src=last, group=topology.pp_group)
+    return dict(zip(names, values.tolist(), strict=True))

@@ -1,0 +1,114 @@
+"""Process groups, device and seeds of one run, as a frozen value.
+
+Megatron's `parallel_state` is read here and nowhere else.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from reinforcer_tp.mcore.cpu import apply_cpu_support
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Where this process stands in the grid world = tp x dp x pp (Megatron's order tp-cp-ep-dp-pp)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def layout(self) -> dict[str, int]:
+        """The sizes that environment.json and checkpoints record."""
+        return {
+            "world_size": self.world_size,
+            "tensor_model_parallel_size": self.tp_size,
+            "pipeline_model_parallel_size": self.pp_size,
+            "data_parallel_size": self.dp_size,
+        }
+
+
+def init_topology(
+    tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1800.0
+) -> Topology:
+    """Starts torch.distributed (gloo, plus nccl where there is CUDA) and Megatron's groups.
+
+    RANK, WORLD_SIZE, LOCAL_RANK come from torchrun; without them this is a run of one process.
+    `timeout_s` is the longest a collective may wait.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        apply_cpu_support()
+    if not dist.is_initialized():
+        _init_process_group(
+            "cpu:gloo,cuda:nccl" if has_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group()
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if has_cuda else torch.device("cpu"),
+        tp_rank=tp_group.rank(),
+        tp_size=tp_group.size(),
+        pp_rank=pp_group.rank(),
+        pp_size=pp_group.size(),
+        dp_rank=dp_group.rank(),
+        dp_size=dp_group.size(),
+        tp_group=tp_group,
+        pp_group=pp_group,
+        dp_group=dp_group,
+    )
+
+
+def _init_process_group(backend: str, timeout: datetime.timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def destroy_topology() -> None:
+    """Ends Megatron's groups and torch.distributed; safe to call when neither was started."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
