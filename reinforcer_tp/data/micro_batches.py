@@ -24,11 +24,11 @@ class MicroBatching:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """This rank's part of one global batch."""
+    """One global batch, cut."""
 
-    batches: tuple[PackedBatch, ...]
-    num_tokens: int  # real tokens
-    num_slots: int  # tokens with padding
+    batches: tuple[PackedBatch, ...]  # this rank's
+    num_tokens: int  # real tokens of all ranks
+    num_slots: int  # their tokens with padding
 
 
 def micro_batches(
@@ -43,8 +43,12 @@ def micro_batches(
     """
     lengths = packed_lengths(pairs.lengths(), rows)
     plan = pack(lengths, max_tokens=cut.max_tokens, max_pairs=cut.max_pairs, num_ranks=cut.dp_size)
-    longest = max((sum(lengths[i] for i in bin_) for rank in plan for bin_ in rank), default=0)
-    row_length = -(-max(longest, 1) // cut.divisible_by) * cut.divisible_by
+    row_lengths = [
+        _round_up(sum(lengths[i] for i in positions), cut.divisible_by)
+        for rank in plan
+        for positions in rank
+    ]
+    longest = max(row_lengths)
     batches = []
     for positions in plan[cut.dp_rank]:
         members = [rows[i] for i in positions]
@@ -52,12 +56,16 @@ def micro_batches(
             build_packed_batch(
                 [pairs[i] for i in members],
                 reference_logps=None if reference is None else [reference[i] for i in members],
-                row_length=row_length if cut.equal_rows else None,
+                row_length=longest if cut.equal_rows else None,
                 divisible_by=cut.divisible_by,
             )
         )
     return MicroBatches(
         batches=tuple(batches),
-        num_tokens=sum(b.num_tokens for b in batches),
-        num_slots=sum(b.tokens.shape[0] for b in batches),
+        num_tokens=sum(lengths),
+        num_slots=longest * len(row_lengths) if cut.equal_rows else sum(row_lengths),
     )
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return max(-(-length // multiple), 1) * multiple

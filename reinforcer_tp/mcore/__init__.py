@@ -1,0 +1,11 @@
+"""The only package that imports megatron.core."""
+
+import os
+import warnings
+
+# One warning per optional package that is missing, per module and rank; none changes numbers.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r".*reduce_scatter_tensor.*", category=FutureWarning)
+# Megatron relies on kernel launches in order to overlap collectives with matrix products.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -50,8 +50,6 @@ def build_training(
         ),
         model.core,
     )
-    clip_grad = megatron.optimizer.clip_grad
-    max_grad_norm = policy.max_grad_norm if clip_grad is None else clip_grad
     with cuda_type_names():
         optimizer = get_megatron_optimizer(
             _optimizer_config(policy, model.config.params_dtype, use_distributed), [ddp]
@@ -64,7 +62,7 @@ def build_training(
         ddp=ddp,
         optimizer=optimizer,
         scheduler=_scheduler(optimizer, megatron, total_steps),
-        max_grad_norm=max_grad_norm or 0.0,
+        max_grad_norm=policy.clip_grad,
     )
 
 

@@ -252,16 +252,19 @@ def _unshard(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[Tens
 
 
 def full_tensors(
-    model: PolicyModel, topology: Topology
+    model: PolicyModel,
+    topology: Topology,
+    of: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """(Hugging Face name, whole tensor on the CPU) for this stage; None on ranks with tp_rank > 0.
 
-    Collective over the tensor-parallel group, one parameter at a time, in parameter order.
+    `of` picks what is gathered: the parameter itself, or its gradient, say. Collective over the
+    tensor-parallel group, one parameter at a time, in parameter order.
     """
     for name, entry in weight_table(model.core, model.shape).items():
         if name == "output_layer.weight" and model.shape.tied:
             continue  # the first stage writes the tied weight
-        local = model.core.get_parameter(name).detach().contiguous()
+        local = of(model.core.get_parameter(name)).contiguous()
         shards = [local]
         if topology.tp_size > 1 and entry.kind != "replicated":
             shards = [torch.empty_like(local) for _ in range(topology.tp_size)]

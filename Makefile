@@ -1,0 +1,54 @@
+# Every target sets up what it needs in .venv by itself; the second time that takes a moment.
+PYTHON ?= python3
+VENV   ?= .venv
+# Another package index, for example one with torch's CPU builds: make test TORCH_INDEX=URL
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+NPROC ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TORCH := $(shell grep '^torch==' constraints.txt)
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo   DPO on the embedded default: two processes, tensor parallel, on CPU or GPU"
+	@echo "make test   the whole test suite"
+	@echo "make lint   ruff"
+
+install: $(STAMP)
+
+# Without a GPU torch's CPU build is taken where the index offers one: it is 10 times smaller.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is too old; expected Python >= 3.11; use make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),)
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)+cpu" 2>/dev/null || \
+	    $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+endif
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m torch.distributed.run --standalone \
+	    --nproc-per-node $(NPROC) reinforcer_tp/train.py --config configs/dpo.yaml \
+	    policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) \
+	    logger.log_dir=logs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,184 @@
+"""Checks on a configuration: the error users see, range helpers, and the cross-section rules.
+
+Everything here is cheap and imports neither torch nor transformers, so that a bad configuration
+is refused before any process group exists. `config` arguments are `reinforcer_tp.config.Config`.
+"""
+
+import math
+
+# Names of validation and train metrics (metrics.jsonl, without the `train/` or `validation/`).
+METRICS = (
+    "loss",
+    "preference_loss",
+    "sft_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+NEMO_RL_METRICS = {
+    "accuracy": "rewards/accuracies",
+    "rewards_chosen_mean": "rewards/chosen",
+    "rewards_rejected_mean": "rewards/rejected",
+}
+DATASETS_WITH_OWN_ROWS = ("embedded",)
+DATASETS_FROM_FILES = ("auto", "DPODataset", "BinaryPreferenceDataset", "PreferenceDataset")
+DATASETS_FROM_HUB = ("HelpSteer3", "Tulu3Preference")
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration: the message says what, got, expected and the fix."""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def in_range(section: object, prefix: str, names: str, low: float, high: float = math.inf) -> None:
+    """Refuse fields outside [low, high]; None passes, infinities and nan do not."""
+    for name in names.split():
+        value = getattr(section, name)
+        if value is None or (math.isfinite(value) and low <= value <= high):
+            continue
+        expected = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(
+            f"{prefix}.{name}={value} is out of range: expected a finite number {expected}"
+        )
+
+
+def not_built(key: str, value: object, feature: str, allowed: object) -> None:
+    """Refuse the setting of a feature that does not exist yet, whatever it would have meant."""
+    shown = {None: "null", True: "true", False: "false"}
+    if value != allowed:
+        raise ConfigError(
+            f"{key}={shown.get(value, value)}: {feature} is not built yet; "
+            f"expected {shown.get(allowed, allowed)}; remove the key"
+        )
+
+
+def metric_key(name: str | None) -> str | None:
+    """`checkpointing.metric_name` as a key of metrics.jsonl, or None for "newest".
+
+    Takes our own names (`validation/loss`) and NeMo-RL's (`val:validation-default_loss`,
+    `val:accuracy`, `train:loss`, `val_loss`). Raises ConfigError for any other name.
+    """
+    if name is None:
+        return None
+    text = "val:loss" if name == "val_loss" else name
+    if text.startswith(("val:", "train:")):
+        phase, metric = text.split(":", 1)
+        if metric.startswith("validation-") and "_" in metric:  # validation-<set name>_<metric>
+            metric = metric.split("_", 1)[1]
+        phase = {"val": "validation"}.get(phase, phase)
+        text = f"{phase}/{NEMO_RL_METRICS.get(metric, metric)}"
+    phase, _, metric = text.partition("/")
+    require(
+        phase in ("train", "validation") and metric in METRICS,
+        f"checkpointing.metric_name={name} is no metric; expected null (keep the newest) or "
+        f"validation/ or train/ followed by one of {', '.join(METRICS)}",
+    )
+    return text
+
+
+def check_world(config, world_size: int, local_world_size: int | None) -> None:
+    """World size against `cluster.*` and the parallel sizes."""
+    cluster, megatron = config.cluster, config.policy.megatron_cfg
+    gpus, nodes = cluster.gpus_per_node, cluster.num_nodes
+    if gpus is not None and nodes is not None and gpus * nodes != world_size:
+        raise ConfigError(
+            f"cluster.gpus_per_node={gpus} x cluster.num_nodes={nodes} is {gpus * nodes} "
+            f"processes, but {world_size} were started; start torchrun with "
+            f"--nnodes {nodes} --nproc-per-node {gpus}, or set both keys to null (what it started)"
+        )
+    if gpus is not None and local_world_size is not None and gpus != local_world_size:
+        raise ConfigError(
+            f"cluster.gpus_per_node={gpus}, but torchrun started {local_world_size} processes on "
+            f"this node; use --nproc-per-node {gpus} or cluster.gpus_per_node={local_world_size}"
+        )
+    for key, size in (("gpus_per_node", gpus), ("num_nodes", nodes)):
+        require(
+            size is None or world_size % size == 0,
+            f"cluster.{key}={size} does not divide the {world_size} processes that were started; "
+            f"start a multiple of {size}, or set cluster.{key}=null (= what torchrun started)",
+        )
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    require(
+        world_size % (tp * pp) == 0,
+        f"policy.megatron_cfg.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} "
+        f"= {tp * pp} does not divide the world size {world_size}; start a multiple of {tp * pp} "
+        f"processes (torchrun --nproc-per-node {tp * pp}) or lower the two sizes",
+    )
+    dp = world_size // (tp * pp)
+    require(
+        dp <= config.policy.train_global_batch_size,
+        f"policy.train_global_batch_size={config.policy.train_global_batch_size} pairs is less "
+        f"than the data-parallel size {dp} (world {world_size} / tp {tp} / pp {pp}): some "
+        f"processes would never have work; use at least {dp}",
+    )
+
+
+def check_layout(config) -> None:
+    """Parallelism, optimizer and micro-batch settings that contradict each other."""
+    megatron = config.policy.megatron_cfg
+    optimizer, scheduler = megatron.optimizer, megatron.scheduler
+    prefix = "policy.megatron_cfg"
+    require(
+        not megatron.sequence_parallel or megatron.tensor_model_parallel_size > 1,
+        f"{prefix}.sequence_parallel=true needs {prefix}.tensor_model_parallel_size > 1, got 1; "
+        f"set {prefix}.sequence_parallel=false or use tensor parallelism",
+    )
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        require(
+            getattr(megatron, name) is None or megatron.pipeline_model_parallel_size > 1,
+            f"{prefix}.{name}={getattr(megatron, name)} needs "
+            f"{prefix}.pipeline_model_parallel_size > 1, got 1; set {prefix}.{name}=null",
+        )
+    require(
+        optimizer.min_lr <= optimizer.lr,
+        f"{prefix}.optimizer.min_lr={optimizer.min_lr} is above {prefix}.optimizer.lr="
+        f"{optimizer.lr}; lower min_lr too (0 lets a linear or cosine schedule decay to zero)",
+    )
+    require(
+        scheduler.lr_warmup_iters == 0 or scheduler.lr_warmup_init <= optimizer.lr,
+        f"{prefix}.scheduler.lr_warmup_init={scheduler.lr_warmup_init} is above "
+        f"{prefix}.optimizer.lr={optimizer.lr}; lower lr_warmup_init",
+    )
+    decay = scheduler.lr_decay_iters
+    require(
+        decay is None or scheduler.lr_warmup_iters < decay,
+        f"{prefix}.scheduler.lr_warmup_iters={scheduler.lr_warmup_iters} must be less than "
+        f"{prefix}.scheduler.lr_decay_iters={decay}, which counts the warm-up too",
+    )
+
+
+def check_data(data) -> None:
+    """`data.*` keys that belong together; the files themselves are read later."""
+    name = data.dataset_name
+    known = (*DATASETS_WITH_OWN_ROWS, *DATASETS_FROM_FILES, *DATASETS_FROM_HUB)
+    if name not in known and not is_import_path(name):
+        near = [word for word in known if word.lower() == name.lower()]
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"data.dataset_name={name} is unknown: {hint}expected one of {', '.join(known)}, or "
+            f"the import path of a class (my.module.CustomDPODataset); for a file, a folder or a hub "
+            f"id use data.dataset_name=auto data.train_data_path=..."
+        )
+    require(
+        name not in DATASETS_FROM_FILES or data.train_data_path is not None,
+        f"data.dataset_name={name} needs data.train_data_path (a jsonl, json or parquet file, a "
+        f"folder, or a hub id), got null",
+    )
+    given = [key for key in ("train_data_path", "val_data_path") if getattr(data, key) is not None]
+    require(
+        name not in DATASETS_WITH_OWN_ROWS or not given,
+        f"data.{(given or ['train_data_path'])[0]} is set, but data.dataset_name={name} brings its "
+        f"own rows; set data.dataset_name=auto to read your files",
+    )
+
+
+def is_import_path(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)

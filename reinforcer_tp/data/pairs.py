@@ -1,0 +1,182 @@
+"""What a preference pair is, and what it must hold to be trained on.
+
+Text stays text and is tokenized as it is; lists of messages go through the chat template.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SIDES = ("prompt", "chosen", "rejected")
+
+
+class BadRow(ValueError):
+    """A mistake in a row: `reason` is its short name, the message says what, expected and fix."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnusableRow(Exception):
+    """A sound row that cannot be trained on: dropped and counted under `reason`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """One prompt with a preferred and a less preferred response, all text or all messages."""
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    weight: float = 1.0  # multiplies both loss terms, >= 0
+    tie: bool = False  # neither side is preferred
+    tools: list | None = None  # JSON schemas for the chat template
+    chat_template_kwargs: dict | None = None  # over those of the configuration
+    shape: str = ""  # what the row was recognised as, for the report
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "PreferencePair":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class TaskDataSpec:
+    """What a dataset is called, and texts put around its prompts.
+
+    `prompt_file`: a text in which {} stands for the first user message (or the text prompt);
+    literal braces are doubled. `system_prompt_file`: a system message for rows that have none.
+    ValueError when a file cannot be read or the former has no {}.
+    """
+
+    dataset_name: str | None = None
+    prompt_file: str | os.PathLike | None = None
+    system_prompt_file: str | os.PathLike | None = None
+    prompt: str | None = field(init=False, default=None)
+    system_prompt: str | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        object.__setattr__(self, "prompt", _read_text(self.prompt_file, "prompt_file"))
+        system_prompt = _read_text(self.system_prompt_file, "system_prompt_file")
+        object.__setattr__(self, "system_prompt", system_prompt)
+        if self.prompt is not None:
+            _check_placeholder(self.prompt, self.prompt_file)
+
+
+def check_pair(pair: PreferencePair) -> PreferencePair:
+    """`pair` without null keys in its messages; BadRow where a side cannot be trained on."""
+    if not pair.is_chat:
+        for name in ("chosen", "rejected"):
+            check_not_blank(getattr(pair, name), name)
+        return pair
+    sides = {name: check_messages(getattr(pair, name), name) for name in _SIDES}
+    for name in ("chosen", "rejected"):
+        roles = [message["role"] for message in sides[name]]
+        if (roles[0], roles[-1]) != ("assistant", "assistant"):
+            raise BadRow(
+                "response_roles",
+                f"{name} has the roles {', '.join(roles)}; expected it to begin and end with a "
+                "message of the assistant; move the messages before it to the prompt",
+            )
+        if not any("tool_calls" in message for message in sides[name]):
+            check_not_blank("".join(m.get("content", "") for m in sides[name]), name)
+    return replace(pair, **sides)
+
+
+def check_messages(messages: Messages, name: str) -> Messages:
+    """`messages` without null keys; BadRow where one is no message of a known role with text."""
+    messages = drop_nones(messages)
+    for index, message in enumerate(messages):
+        _check_message(message, f"{name}[{index}]")
+    return messages
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, dict) or "role" not in message:
+        got = f"keys {', '.join(message)}" if isinstance(message, dict) else kind(message)
+        raise BadRow("not_a_message", f"{where} has {got}; expected the keys role and content")
+    if message["role"] not in ROLES:
+        raise BadRow(
+            "unknown_role",
+            f"{where} has role={message['role']!r}; expected one of {', '.join(ROLES)}",
+        )
+    content = message.get("content")
+    if not isinstance(content, str) and not (content is None and message.keys() - {"role", "name"}):
+        raise BadRow(
+            "not_text", f"{where} has content of type {kind(content)}; expected one string"
+        )
+
+
+def check_not_blank(text: str, name: str) -> None:
+    if not text.strip():
+        raise BadRow(
+            "empty_response", f"the {name} response is empty; expected text; remove the row"
+        )
+
+
+def apply_spec(pair: PreferencePair, spec: TaskDataSpec) -> PreferencePair:
+    """`pair` with the texts of `spec` put around its prompt."""
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        if spec.system_prompt is not None:
+            raise BadRow("text_row", "data.system_prompt_file needs chat rows; this row is text")
+        return pair if spec.prompt is None else replace(pair, prompt=spec.prompt.format(prompt))
+    if spec.prompt is not None:
+        first = next((i for i, message in enumerate(prompt) if message["role"] == "user"), None)
+        if first is None:
+            raise BadRow("prompt_file", "data.prompt_file needs a user message; the row has none")
+        text = spec.prompt.format(prompt[first]["content"])
+        prompt = [*prompt[:first], prompt[first] | {"content": text}, *prompt[first + 1 :]]
+    if spec.system_prompt is not None and prompt[0]["role"] not in ("system", "developer"):
+        prompt = [{"role": "system", "content": spec.system_prompt}, *prompt]
+    return replace(pair, prompt=prompt)
+
+
+def _read_text(path: str | os.PathLike | None, name: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"data.{name}={path} cannot be read ({error}); expected a text file in UTF-8"
+        ) from error
+
+
+def _check_placeholder(prompt: str, path: object) -> None:
+    try:
+        is_good = prompt.format("{sentinel}").count("{sentinel}") == 1
+    except (LookupError, ValueError):
+        is_good = False
+    if not is_good:
+        raise ValueError(
+            f"data.prompt_file={path}: expected exactly one {{}} where the prompt goes; write "
+            "literal braces twice"
+        )
+
+
+def drop_nones(value: Any) -> Any:
+    """Without the nulls that Arrow adds to the structs of a column to make them alike."""
+    if isinstance(value, dict):
+        return {key: drop_nones(item) for key, item in value.items() if item is not None}
+    return [drop_nones(item) for item in value] if isinstance(value, list) else value
+
+
+def kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,246 @@
+"""A row of a preference set -> a validated PreferencePair. The shapes of rows:
+
+    context, response1, response2, overall_preference  HelpSteer3: messages
+    prompt, chosen_response, rejected_response         dataset classes: messages, text becomes one
+    context, completions [{rank, completion}, ...]     ranked, the lower rank is chosen: messages
+    prompt, chosen, rejected                           TRL, explicit prompt: text or messages
+    chosen, rejected                                   TRL, the prompt is what both begin with
+    chosen, rejected with Human: and Assistant: turns  hh-rlhf: text
+
+Optional columns: weight (>= 0), tie (bool), tools, chat_template_kwargs (messages only).
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from reinforcer_tp.data.pairs import (
+    BadRow,
+    Messages,
+    PreferencePair,
+    TaskDataSpec,
+    UnusableRow,
+    apply_spec,
+    check_messages,
+    check_not_blank,
+    check_pair,
+    drop_nones,
+    kind,
+)
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def pair_from_row(row: Mapping[str, Any], spec: TaskDataSpec | None = None) -> PreferencePair:
+    """The pair a row holds, with the texts of `spec` put around its prompt.
+
+    Columns that are null count as missing. BadRow: missing keys, a response that is empty or not
+    text, an unknown role, a bad weight. UnusableRow: equal sides, sides of different prompts.
+    """
+    present = {key: value for key, value in row.items() if value is not None}
+    pair = check_pair(_find_reader(present)(present))
+    pair = replace(
+        pair,
+        weight=_weight(present.get("weight", 1.0)),
+        tie=pair.tie or _flag(present, "tie"),
+        tools=_json_column(present, "tools", list) or None,  # some templates render [] too
+        chat_template_kwargs=_json_column(present, "chat_template_kwargs", dict),
+    )
+    if not pair.is_chat and (pair.tools or pair.chat_template_kwargs):
+        raise BadRow("text_row", "tools and chat_template_kwargs need messages, got text")
+    if pair.chosen == pair.rejected:
+        raise UnusableRow("identical")
+    return pair if spec is None else apply_spec(pair, spec)
+
+
+def format_helpsteer3(data: Mapping[str, Any]) -> dict[str, Any]:
+    """HelpSteer3's keys -> prompt, chosen_response, rejected_response.
+
+    Where overall_preference is below 0 response1 is chosen, else response2. 0 is a tie: filter such
+    rows outside.
+    """
+    first_is_better = data["overall_preference"] < 0
+    return {
+        "prompt": data["context"],
+        "chosen_response": data["response1" if first_is_better else "response2"],
+        "rejected_response": data["response2" if first_is_better else "response1"],
+    }
+
+
+def _read_helpsteer3(row: dict) -> PreferencePair:
+    preference = row["overall_preference"]
+    if isinstance(preference, bool) or not isinstance(preference, (int, float)):
+        raise BadRow("preference", f"overall_preference={preference!r}; expected a number")
+    if math.isnan(preference):
+        raise BadRow("preference", "overall_preference is NaN; expected a number")
+    pair = _read_responses(format_helpsteer3(row))
+    return replace(pair, tie=preference == 0, shape="HelpSteer3 rows (chat)")
+
+
+def _read_responses(row: dict) -> PreferencePair:
+    return PreferencePair(
+        prompt=_as_messages(row["prompt"], "prompt", "user"),
+        chosen=_as_messages(row["chosen_response"], "chosen_response", "assistant"),
+        rejected=_as_messages(row["rejected_response"], "rejected_response", "assistant"),
+        shape="prompt, chosen_response, rejected_response (chat)",
+    )
+
+
+def _read_ranked(row: dict) -> PreferencePair:
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) != 2:
+        got = len(completions) if isinstance(completions, list) else type(completions).__name__
+        raise BadRow("completions", f"completions: got {got}, expected a list of exactly 2")
+    for item in completions:
+        if not isinstance(item, dict) or not {"rank", "completion"} <= item.keys():
+            raise BadRow("completions", f"a completion is {item!r}; expected keys rank, completion")
+        if isinstance(item["rank"], bool) or not isinstance(item["rank"], (int, float)):
+            raise BadRow("completions", f"rank={item['rank']!r}; expected a number")
+    best, worst = sorted(completions, key=lambda item: item["rank"])
+    return PreferencePair(
+        prompt=_as_messages(row["context"], "context", "user"),
+        chosen=_as_messages(best["completion"], "completion", "assistant"),
+        rejected=_as_messages(worst["completion"], "completion", "assistant"),
+        tie=best["rank"] == worst["rank"],
+        shape="context and ranked completions (chat)",
+    )
+
+
+def _read_chosen_rejected(row: dict) -> PreferencePair:
+    """TRL's rules; a mixture that TRL does not define is read as messages."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(side, (str, list)):
+            raise BadRow("not_text", f"{name} is {kind(side)}; expected text or a message list")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("not_text", "one side is text, the other messages; expected the same of both")
+    if isinstance(chosen, str):
+        if prompt is None:
+            return _split_text(chosen, rejected)
+        if isinstance(prompt, str):
+            shape = "prompt, chosen, rejected (text)"
+            return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, shape=shape)
+    chosen = _as_messages(chosen, "chosen", "assistant")
+    rejected = _as_messages(rejected, "rejected", "assistant")
+    if prompt is None or not (_answers(chosen) or _answers(rejected)):
+        return _split_messages(chosen, rejected)
+    prompt = _as_messages(prompt, "prompt", "user")
+    shape = "prompt, chosen, rejected (chat)"
+    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, shape=shape)
+
+
+READERS: dict[tuple[str, ...], Callable[[dict], PreferencePair]] = {
+    ("context", "response1", "response2", "overall_preference"): _read_helpsteer3,
+    ("prompt", "chosen_response", "rejected_response"): _read_responses,
+    ("context", "completions"): _read_ranked,
+    ("chosen", "rejected"): _read_chosen_rejected,
+}
+
+
+def _find_reader(row: dict) -> Callable[[dict], PreferencePair]:
+    for keys, reader in READERS.items():
+        if row.keys() >= set(keys):
+            return reader
+    nearest = max(READERS, key=lambda keys: len(row.keys() & set(keys)))
+    missing = [key for key in nearest if key not in row]
+    expected = " and ".join(missing) + (" too" if len(missing) < len(nearest) else "")
+    raise BadRow(
+        "missing_keys",
+        f"keys with a value: {', '.join(map(str, row)) or 'none'}; expected {expected}; name the "
+        "columns with data.prompt_key, data.chosen_key and data.rejected_key",
+    )
+
+
+def _split_text(chosen: str, rejected: str) -> PreferencePair:
+    """TRL: the prompt is the longest common prefix, a space before the sides stays with them."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        check_not_blank(side, name)
+    if all(side.startswith(HUMAN) and ASSISTANT in side for side in (chosen, rejected)):
+        length, shape = _hh_rlhf_prompt_length(chosen, rejected), "hh-rlhf dialogues (text)"
+    else:
+        length, shape = _prompt_length(chosen, rejected), "chosen, rejected, prompt in both (text)"
+        if length and chosen[length - 1] == " ":
+            length -= 1
+    prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    if not chosen.strip() or not rejected.strip():
+        raise UnusableRow("empty_response")
+    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, shape=shape)
+
+
+def _hh_rlhf_prompt_length(chosen: str, rejected: str) -> int:
+    """The prompt ends with the last "Assistant:" that both share; no human speaks after it."""
+    common = _common_length(chosen, rejected)
+    length = chosen.rfind(ASSISTANT, 0, common) + len(ASSISTANT)
+    if length < len(ASSISTANT) or HUMAN in chosen[length:] or HUMAN in rejected[length:]:
+        raise UnusableRow("different_prompts")
+    return length
+
+
+def _split_messages(chosen: Messages, rejected: Messages) -> PreferencePair:
+    chosen, rejected = drop_nones(chosen), drop_nones(rejected)
+    length = _prompt_length(chosen, rejected)
+    pair = PreferencePair(
+        prompt=chosen[:length],
+        chosen=chosen[length:],
+        rejected=rejected[length:],
+        shape="chosen, rejected, prompt in both (chat)",
+    )
+    if not pair.prompt or not (_answers(pair.chosen) and _answers(pair.rejected)):
+        check_messages(chosen, "chosen")
+        check_messages(rejected, "rejected")
+        raise UnusableRow("different_prompts")
+    return pair
+
+
+def _prompt_length(chosen: str | Messages, rejected: str | Messages) -> int:
+    """Items both begin with, but for the last of either side (TRL's extract_prompt)."""
+    return max(0, min(_common_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+
+
+def _common_length(first: str | Messages, second: str | Messages) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _answers(messages: Messages) -> bool:
+    """Whether these begin with the assistant's message, and so are a response alone."""
+    return isinstance(messages[0], dict) and messages[0].get("role") == "assistant"
+
+
+def _as_messages(value: object, name: str, role: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise BadRow("not_text", f"{name} is {kind(value)}; expected text or a message list")
+    if not value:
+        raise BadRow("no_messages", f"{name} is an empty list; expected at least one message")
+    return value
+
+
+def _weight(value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise BadRow("weight", f"weight={value!r}; expected a finite number >= 0")
+    return float(value)
+
+
+def _flag(row: dict, name: str) -> bool:
+    value = row.get(name, False)
+    if not isinstance(value, bool):
+        raise BadRow(name, f"{name}={value!r}; expected true or false")
+    return value
+
+
+def _json_column(row: dict, name: str, expected: type) -> Any:
+    """A column that may come as JSON text (TRL)."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow(name, f"{name} is text but not JSON ({error}); expected JSON") from None
+    if value is not None and not isinstance(value, expected):
+        raise BadRow(name, f"{name} is {kind(value)}; expected a {expected.__name__}")
+    return drop_nones(value)

@@ -1,0 +1,83 @@
+"""The Hugging Face files a run starts from and leaves behind: config.json, weights, tokenizer."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reinforcer_tp.config import Config, ConfigError, validate_model
+from reinforcer_tp.mcore.model import DTYPES, ModelShape, check_window, model_shape
+from reinforcer_tp.mcore.weights import RandomReader, SafetensorsReader, check_weights
+
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A checked model folder."""
+
+    folder: Path
+    hf_config: Any  # transformers' PretrainedConfig
+    shape: ModelShape
+    reader: SafetensorsReader | RandomReader
+
+
+def open_model(config: Config, model_name: str, embedded_folder: str | None) -> ModelFiles:
+    """Finds a model, and checks its config and the header of every weight it should have.
+
+    `model_name` is a local folder, a hub id, or `embedded` (then `embedded_folder`). Needs no
+    process group; the hub's own file locks let all ranks of a node call it together.
+
+    Raises:
+        ConfigError: there is no such model, or this layout cannot hold it.
+        ValueError: the architecture is not built; a tensor is missing or misshapen.
+    """
+    from transformers import AutoConfig
+
+    load_weights = config.policy.load_weights
+    name = embedded_folder if model_name == "embedded" else model_name
+    folder = _folder(name, with_weights=load_weights)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"policy.model_name={model_name}: there is no config.json in {folder}")
+    hf_config = AutoConfig.from_pretrained(folder)
+    shape = model_shape(hf_config)
+    check_window(hf_config, config.policy.max_total_sequence_length)
+    validate_model(config, hf_config.to_dict())
+    reader: SafetensorsReader | RandomReader = (
+        SafetensorsReader(folder) if load_weights else RandomReader(shape, config.dpo.seed)
+    )
+    check_weights(reader, shape)
+    return ModelFiles(folder=folder, hf_config=hf_config, shape=shape, reader=reader)
+
+
+def _folder(name: str, *, with_weights: bool) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"policy.model_name={name}: there is no such folder; "
+            "expected a folder with a config.json, a hub id (owner/name), or embedded"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [*_SMALL_FILES, *(["*.safetensors"] if with_weights else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"policy.model_name={name}: not a local folder, and the hub did not give it ({reason}); "
+            "check the name, the network and `hf auth login`, or give a local folder"
+        ) from error
+
+
+def write_companions(files: ModelFiles, tokenizer: Any, precision: str, folder: Path) -> None:
+    """Adds config.json, generation_config.json and the tokenizer to an exported folder."""
+    files.hf_config.dtype = DTYPES[precision]
+    files.hf_config.save_pretrained(folder)
+    generation = files.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copy(generation, folder / generation.name)
+    tokenizer.save_pretrained(folder)

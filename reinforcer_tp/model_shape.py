@@ -1,0 +1,209 @@
+"""The shape of a model: where its config.json comes from and whether the layout fits it.
+
+Imports neither torch nor transformers. Used by `--check`; training reads the model itself.
+"""
+
+import json
+import threading
+from pathlib import Path
+
+from reinforcer_tp.config_check import ConfigError, require
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+
+
+def find_model_shape(
+    model_name: str, models_dir: str | Path, *, timeout_s: float = 5.0
+) -> tuple[dict, str]:
+    """The Hugging Face config.json of a model, and in words where it came from.
+
+    Looks in the local folder `model_name`, in the hub's cache, at the hub (at most `timeout_s`
+    seconds), and last in `models_dir`/<id with / written as -->.json. Raises ConfigError when all
+    of them fail. Not for the word `embedded`: pass the folder that stands for it.
+    """
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        return _read_shape(folder / "config.json", model_name), f"{folder / 'config.json'}"
+    require(
+        not model_name.startswith((".", "/", "~")),
+        f"policy.model_name={model_name}: there is no such folder; expected a folder with a "
+        f"config.json, a hub id (owner/name), or embedded",
+    )
+    shape, answer = _ask_hub(model_name, timeout_s)
+    if shape is not None:
+        return shape, answer
+    file = Path(models_dir) / f"{model_name.replace('/', '--')}.json"
+    require(
+        file.is_file(),
+        f"policy.model_name={model_name}: no such folder, {answer}, and there is no {file}; "
+        f"expected a folder with a config.json, a hub id (owner/name), or embedded",
+    )
+    return _read_shape(file, model_name), f"{file} ({answer})"
+
+
+def _read_shape(file: Path, model_name: str) -> dict:
+    try:
+        shape = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"policy.model_name={model_name}: {file} cannot be read: {error}; expected the "
+            f"config.json of a Hugging Face model"
+        ) from None
+    require(
+        isinstance(shape, dict),
+        f"policy.model_name={model_name}: {file} holds no JSON object; expected a config.json",
+    )
+    return shape
+
+
+def _ask_hub(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
+    """The hub's config.json and its address, or None and why not.
+
+    Runs in a daemon thread because a name lookup has no timeout of its own.
+    """
+    answer: list[tuple[dict | None, str]] = []
+    thread = threading.Thread(
+        target=lambda: answer.append(_hub_shape(model_name, timeout_s)), daemon=True
+    )
+    thread.start()
+    thread.join(timeout_s)
+    return answer[0] if answer else (None, f"the hub did not answer within {timeout_s:g} s")
+
+
+def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
+    import huggingface_hub as hub
+
+    try:
+        cached = hub.try_to_load_from_cache(model_name, "config.json")
+        if isinstance(cached, str):
+            return json.loads(Path(cached).read_text(encoding="utf-8")), cached
+        url = hub.hf_hub_url(model_name, "config.json")
+        # Not hf_hub_download: offline it retries for 23 s.
+        reply = hub.get_session().get(
+            url, headers=hub.utils.build_hf_headers(), timeout=timeout_s, follow_redirects=True
+        )
+        if reply.status_code == 200:
+            return reply.json(), url
+        advice = ": log in with `hf auth login`" if reply.status_code in (401, 403) else ""
+        return None, f"the hub answered {reply.status_code}{advice}"
+    except Exception as error:  # the edge to the network: any failure means "no answer from it"
+        return None, f"the hub did not answer ({type(error).__name__})"
+
+
+def validate_model(config, shape: dict) -> None:
+    """Check the layout against a model.
+
+    shape: the content of a Hugging Face config.json. Raises ConfigError where heads, kv groups,
+    layers or positions do not fit; the vocabulary always fits (it is padded to tp).
+    """
+    model, megatron = config.policy.model_name, config.policy.megatron_cfg
+    model_type = shape.get("model_type")
+    require(
+        model_type in SUPPORTED_MODEL_TYPES,
+        f"policy.model_name={model} is of model_type {model_type!r}, which is not built; "
+        f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}",
+    )
+    bad = [key for key in SHAPE_KEYS if not _is_count(shape.get(key))]
+    require(
+        not bad,
+        f"policy.model_name={model}: config.json has {', '.join(bad)} missing or not a positive "
+        f"whole number; expected a complete Hugging Face config.json",
+    )
+    _check_tensor_split(megatron.tensor_model_parallel_size, shape)
+    stage_layers(megatron, shape["num_hidden_layers"])
+    _check_positions(config.policy.max_total_sequence_length, shape)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_tensor_split(tp: int, shape: dict) -> None:
+    heads = shape["num_attention_heads"]
+    groups = shape.get("num_key_value_heads") or heads
+    require(
+        shape.get("head_dim") is not None or shape["hidden_size"] % heads == 0,
+        f"config.json: num_attention_heads={heads} does not divide "
+        f"hidden_size={shape['hidden_size']} and there is no head_dim",
+    )
+    require(
+        heads % groups == 0,
+        f"config.json: num_key_value_heads={groups} does not divide num_attention_heads={heads}",
+    )
+    sizes = {"num_key_value_heads": groups, "num_attention_heads": heads}
+    sizes["intermediate_size"] = shape["intermediate_size"]
+    fitting = [n for n in range(1, groups + 1) if all(s % n == 0 for s in sizes.values())]
+    for key, size in sizes.items():
+        require(
+            size % tp == 0,
+            f"policy.megatron_cfg.tensor_model_parallel_size={tp} does not divide the model's "
+            f"{key}={size}; use {_either(fitting)}",
+        )
+
+
+def _either(numbers: list[int]) -> str:
+    words = [str(number) for number in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def stage_layers(megatron, num_layers: int) -> list[int]:
+    """Layers of each pipeline stage, first to last (Megatron-core's rule).
+
+    The first and last stage take their own keys where set; the rest is split evenly over the
+    other stages. Raises ConfigError where that leaves a remainder or an empty stage.
+    """
+    pp = megatron.pipeline_model_parallel_size
+    first = megatron.num_layers_in_first_pipeline_stage
+    last = megatron.num_layers_in_last_pipeline_stage
+    ends = [size for size in (first, last) if size is not None]
+    rest, stages = num_layers - sum(ends), pp - len(ends)
+    given = f"pipeline_model_parallel_size={pp}"
+    given += "" if first is None else f", num_layers_in_first_pipeline_stage={first}"
+    given += "" if last is None else f", num_layers_in_last_pipeline_stage={last}"
+    fits = rest == 0 if stages == 0 else rest >= stages and rest % stages == 0
+    require(
+        fits,
+        f"policy.megatron_cfg.{given}: the model's {num_layers} layers leave {rest} for "
+        f"{stages} other stages; {_stage_fix(num_layers, pp)}",
+    )
+    per_stage = [rest // stages] * stages if stages else []
+    return [*([] if first is None else [first]), *per_stage, *([] if last is None else [last])]
+
+
+def _stage_fix(num_layers: int, pp: int) -> str:
+    if pp > num_layers:
+        return f"use at most {num_layers} stages"
+    if num_layers % pp == 0:
+        return f"set both to null for {num_layers // pp} layers on every stage"
+    even = num_layers // pp
+    first = num_layers - even * (pp - 1)
+    return (
+        f"use num_layers_in_first_pipeline_stage={first} alone ({first}, then {even} on each of "
+        f"{pp - 1}), or a pipeline size that divides {num_layers}"
+    )
+
+
+def _check_positions(length: int, shape: dict) -> None:
+    positions = shape["max_position_embeddings"]
+    require(
+        length <= positions,
+        f"policy.max_total_sequence_length={length} exceeds the model's "
+        f"max_position_embeddings={positions}; use at most {positions}",
+    )
+    sliding = shape.get("sliding_window")
+    # Qwen2 and Qwen3 name a window that they only apply with use_sliding_window.
+    if sliding is None or not shape.get("use_sliding_window", True):
+        return
+    require(
+        length <= sliding,
+        f"policy.max_total_sequence_length={length} exceeds the model's sliding_window={sliding}: "
+        f"sliding-window attention is not built yet; use at most {sliding}",
+    )

@@ -1,0 +1,93 @@
+"""The run directory: who may write into it, and what it says about the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from reinforcer_tp.config import (
+    NOT_IN_FINGERPRINT,
+    Config,
+    ConfigError,
+    fingerprint,
+    load_config,
+    to_yaml,
+)
+
+_FINISHED = "finished.json"
+
+
+def check_run_directory(config: Config) -> bool:
+    """Whether `logger.log_dir` already holds this run.
+
+    Reads only, so every rank may call it before any process group exists.
+
+    Raises:
+        ConfigError: the folder holds something else, a run of another configuration, or a run
+            that `checkpointing.resume=never` forbids to go on with.
+    """
+    folder = Path(config.logger.log_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"logger.log_dir={folder} is a file; expected a folder; choose another")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    recorded = folder / "config.yaml"
+    if not recorded.is_file():
+        raise ConfigError(
+            f"logger.log_dir={folder} is not empty and holds no run (no config.yaml); "
+            "expected a new or empty folder; choose another"
+        )
+    before = load_config(str(recorded), [])
+    if fingerprint(before) != fingerprint(config):
+        raise ConfigError(
+            f"logger.log_dir={folder} holds a run of another configuration "
+            f"({_differences(before, config)}); choose another folder, or set the keys back"
+        )
+    if config.checkpointing.resume == "never":
+        raise ConfigError(
+            f"logger.log_dir={folder} holds a run already and checkpointing.resume=never; "
+            "choose another folder, or use checkpointing.resume=auto"
+        )
+    return True
+
+
+def _differences(before: Config, after: Config) -> str:
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
+    changed = [k for k in old if old[k] != new.get(k) and _decides_numbers(k)]
+    shown = [f"{k}: {old[k]!r} there, {new.get(k)!r} here" for k in changed[:4]]
+    return "; ".join(shown) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def _decides_numbers(key: str) -> bool:
+    return not any(key == k or key.startswith(k + ".") for k in NOT_IN_FINGERPRINT)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_run_directory(config: Config, environment: dict[str, Any], report: dict) -> None:
+    """Writes config.yaml, environment.json and data_report.json. Rank 0 only."""
+    folder = Path(config.logger.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    for name, content in (("environment.json", environment), ("data_report.json", report)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def finished_steps(config: Config) -> int | None:
+    """The number of steps after which this run ended, None when it has not."""
+    path = Path(config.logger.log_dir) / _FINISHED
+    return json.loads(path.read_text())["steps"] if path.is_file() else None
+
+
+def mark_finished(config: Config, steps: int) -> None:
+    """Rank 0 only, after everything else is written."""
+    path = Path(config.logger.log_dir) / _FINISHED
+    path.write_text(json.dumps({"steps": steps}) + "\n")
