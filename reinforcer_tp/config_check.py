@@ -37,6 +37,14 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def shown(value: object) -> str:
+    """A value as it stands in YAML, cut to 80 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def in_range(section: object, prefix: str, names: str, low: float, high: float = math.inf) -> None:
     """Refuse fields outside [low, high]; None passes, infinities and nan do not."""
     for name in names.split():
@@ -51,12 +59,11 @@ def in_range(section: object, prefix: str, names: str, low: float, high: float =
 
 def not_built(key: str, value: object, feature: str, allowed: object) -> None:
     """Refuse the setting of a feature that does not exist yet, whatever it would have meant."""
-    shown = {None: "null", True: "true", False: "false"}
-    if value != allowed:
-        raise ConfigError(
-            f"{key}={shown.get(value, value)}: {feature} is not built yet; "
-            f"expected {shown.get(allowed, allowed)}; remove the key"
-        )
+    require(
+        value == allowed,
+        f"{key}={shown(value)}: {feature} is not built yet; expected {shown(allowed)}; "
+        f"remove the key",
+    )
 
 
 def metric_key(name: str | None) -> str | None:
@@ -137,12 +144,12 @@ def check_layout(config) -> None:
             f"{prefix}.pipeline_model_parallel_size > 1, got 1; set {prefix}.{name}=null",
         )
     require(
-        optimizer.min_lr <= optimizer.lr,
+        scheduler.lr_decay_style == "constant" or optimizer.min_lr <= optimizer.lr,
         f"{prefix}.optimizer.min_lr={optimizer.min_lr} is above {prefix}.optimizer.lr="
-        f"{optimizer.lr}; lower min_lr too (0 lets a linear or cosine schedule decay to zero)",
+        f"{optimizer.lr}, but a {scheduler.lr_decay_style} schedule ends there; lower min_lr too",
     )
     require(
-        scheduler.lr_warmup_iters == 0 or scheduler.lr_warmup_init <= optimizer.lr,
+        scheduler.lr_warmup_iters == 0 or scheduler.lr_warmup_init <= (optimizer.lr or math.inf),
         f"{prefix}.scheduler.lr_warmup_init={scheduler.lr_warmup_init} is above "
         f"{prefix}.optimizer.lr={optimizer.lr}; lower lr_warmup_init",
     )
@@ -163,8 +170,8 @@ def check_data(data) -> None:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"data.dataset_name={name} is unknown: {hint}expected one of {', '.join(known)}, or "
-            f"the import path of a class (my.module.CustomDPODataset); for a file, a folder or a hub "
-            f"id use data.dataset_name=auto data.train_data_path=..."
+            f"the import path of a class (my.module.CustomDPODataset); for a file, a folder or a "
+            f"hub id use data.dataset_name=auto data.train_data_path=..."
         )
     require(
         name not in DATASETS_FROM_FILES or data.train_data_path is not None,

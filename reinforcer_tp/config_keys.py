@@ -98,7 +98,8 @@ def describe(hint: object) -> str:
     parts = []
     for option in _options(hint):
         if typing.get_origin(option) is typing.Literal:
-            parts.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
+            choices = typing.get_args(option)
+            parts.append(f"{'one of ' if len(choices) > 1 else ''}{', '.join(choices)}")
         elif option is type(None):
             parts.append("null")
         else:

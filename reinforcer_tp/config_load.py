@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from reinforcer_tp.config_check import ConfigError, require
+from reinforcer_tp.config_check import ConfigError, require, shown
 from reinforcer_tp.config_keys import describe, field_type, fields_of, is_text, suggest
 
 _REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}", re.ASCII)
@@ -86,7 +86,7 @@ def _explain(error: OmegaConfBaseException, schema: type, tree: dict, origin: st
     got = _lookup(tree, key)
     if got is _ABSENT or hint is None:
         return ConfigError(f"{key} (from {origin}): {str(error).splitlines()[0]}{expected}")
-    return ConfigError(f"{key}={_shown(got)} (from {origin}) is not valid{expected}")
+    return ConfigError(f"{key}={shown(got)} (from {origin}) is not valid{expected}")
 
 
 def _first_required(section: type, key: str) -> str:
@@ -107,13 +107,6 @@ def _lookup(tree: object, key: str) -> object:
             return _ABSENT
         tree = tree[part]
     return tree
-
-
-def _shown(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_yaml(path: str) -> dict:
@@ -190,8 +183,8 @@ def parse_override(schema: type, text: str) -> dict:
     key = key.strip()
     require(
         key[:1] not in ("+", "~", "-"),
-        f"override {text!r}: '{key[:1]}' in front of a key is not supported; every key exists "
-        f"already: write {key.lstrip('+~-') or 'key'}=value",
+        f"override {text!r}: '{key[:1]}' in front of a key is not supported; every key has a "
+        f"default that can be set: write {key.lstrip('+~-') or 'key'}={value or 'value'}",
     )
     require(
         bool(equals) and bool(key),
@@ -199,7 +192,7 @@ def parse_override(schema: type, text: str) -> dict:
     )
     require(
         value.strip() != "",
-        f"override {text!r} has no value; write {key}=null to clear it",
+        f"override {text!r} has no value; write {key}=value, or =null where the key may be empty",
     )
     parsed = _parse_value(value.strip(), key, as_text=is_text(field_type(schema, key)))
     for part in reversed(key.split(".")):
@@ -236,22 +229,38 @@ def check_tree(schema: type, section: type, tree: object, prefix: str, origin: s
     """Refuse keys that do not exist, sections that are no mappings, text that is not text."""
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{prefix}={_shown(tree)} (from {origin}): expected keys under it: "
+            f"{prefix}={shown(tree)} (from {origin}): expected keys under it: "
             f"{', '.join(fields_of(section))}"
         )
     for name, value in tree.items():
         full = f"{prefix}.{name}" if prefix else name
         hint = fields_of(section).get(name)
         if hint is None:
+            full = _deepest(full, value)
             raise ConfigError(f"unknown key {full} (from {origin}): {suggest(schema, full)}")
         if dataclasses.is_dataclass(hint):
             check_tree(schema, hint, value, full, origin)
             continue
         _check_references(value, full, origin)
-        require(
-            not is_text(hint) or value is None or isinstance(value, str),
-            f"{full}={_shown(value)} (from {origin}): expected {describe(hint)}; put it in quotes",
-        )
+        _check_value(value, hint, full, origin)
+
+
+def _deepest(key: str, value: object) -> str:
+    """The key itself, or what it leads to as long as there is just one way down."""
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        key = f"{key}.{name}"
+    return key
+
+
+def _check_value(value: object, hint: object, key: str, origin: str) -> None:
+    """Refuse what OmegaConf would let pass: numbers as text or as true, and its mark "???"."""
+    where = f"{key}={shown(value)} (from {origin}): expected {describe(hint)}"
+    text_ok = not is_text(hint) or value is None or isinstance(value, str)
+    require(text_ok, f"{where}; put it in quotes")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(hint is not bool or not number, where)
+    require(value != "???", where)
 
 
 def _check_references(value: object, key: str, origin: str) -> None:
@@ -261,7 +270,7 @@ def _check_references(value: object, key: str, origin: str) -> None:
             _check_references(child, key, origin)
     if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
         raise ConfigError(
-            f"{key}={_shown(value)} (from {origin}): only references such as ${{dpo.seed}} are "
+            f"{key}={shown(value)} (from {origin}): only references such as ${{dpo.seed}} are "
             f"allowed after a dollar sign, no resolvers (oc.env could put a secret into the "
             f"saved configuration); write the value itself"
         )

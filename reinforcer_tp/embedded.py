@@ -1,11 +1,11 @@
-"""The embedded demo: a tiny Llama, its tokenizer and preference pairs, written by the package itself.
+"""The embedded demo: a tiny Llama, its tokenizer and preference pairs, made by the package itself.
 
-A prompt asks for something in a formal or in a casual manner; of two equally long answers the one in
-that manner is chosen. Every answer is chosen as often as it is rejected, so a model that does not read
-the prompt stays at accuracy 0.5. The nouns of the validation prompts do not occur in training.
+A prompt asks for something in a formal or in a casual manner; of two equally long answers the one
+in that manner is chosen. Every answer is chosen as often as it is rejected, so a model that does
+not read the prompt stays at accuracy 0.5. No noun of the validation prompts occurs in training.
 
-Every byte follows from this file alone: no random number of the rows, weights from the integers of a
-counter-based generator with exact float arithmetic, and tokenizer merges counted from the rows.
+Everything follows from this file: the rows hold nothing random, the weights come from the integers
+of a counter-based generator by exact float arithmetic, the tokenizer's merges from the rows.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ WEIGHT_STD = 0.05  # learns in fewer steps than the usual 0.02 at this width
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedPaths:
-    """Where the embedded files are: a Hugging Face model folder (tokenizer included) and two jsonl."""
+    """Where the files are: a Hugging Face folder (model and tokenizer) and two jsonl files."""
 
     model: str
     train: str

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError, validate_model
+from reinforcer_tp.embedded import EmbeddedPaths
 from reinforcer_tp.mcore.model import DTYPES, ModelShape, check_window, model_shape
 from reinforcer_tp.mcore.weights import RandomReader, SafetensorsReader, check_weights
 
@@ -22,10 +23,10 @@ class ModelFiles:
     reader: SafetensorsReader | RandomReader
 
 
-def open_model(config: Config, model_name: str, embedded_folder: str | None) -> ModelFiles:
+def open_model(config: Config, model_name: str, embedded: EmbeddedPaths | None) -> ModelFiles:
     """Finds a model, and checks its config and the header of every weight it should have.
 
-    `model_name` is a local folder, a hub id, or `embedded` (then `embedded_folder`). Needs no
+    `model_name` is a local folder, a hub id, or `embedded` (which `embedded` has). Needs no
     process group; the hub's own file locks let all ranks of a node call it together.
 
     Raises:
@@ -35,7 +36,7 @@ def open_model(config: Config, model_name: str, embedded_folder: str | None) -> 
     from transformers import AutoConfig
 
     load_weights = config.policy.load_weights
-    name = embedded_folder if model_name == "embedded" else model_name
+    name = embedded.model if model_name == "embedded" else model_name
     folder = _folder(name, with_weights=load_weights)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"policy.model_name={model_name}: there is no config.json in {folder}")
@@ -71,6 +72,16 @@ def _folder(name: str, *, with_weights: bool) -> Path:
             f"policy.model_name={name}: not a local folder, and the hub did not give it ({reason}); "
             "check the name, the network and `hf auth login`, or give a local folder"
         ) from error
+
+
+def check_tokenizer(tokenizer: Any, *models: ModelFiles | None) -> None:
+    """Raises ValueError when a model has no embedding for some of the tokenizer's tokens."""
+    for files in models:
+        if files is not None and len(tokenizer) > files.shape.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model in {files.folder} embeds "
+                f"{files.shape.vocab_size}; give the model's own with policy.tokenizer.name"
+            )
 
 
 def write_companions(files: ModelFiles, tokenizer: Any, precision: str, folder: Path) -> None:

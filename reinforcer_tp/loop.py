@@ -24,7 +24,7 @@ from reinforcer_tp.loss import dpo_loss, sequence_sums
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
 from reinforcer_tp.mcore.optim import Training, current_lr, optimizer_step, zero_grad
 from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
-from reinforcer_tp.metrics import MetricLogger, Progress
+from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 
 _SUMS = (  # what dpo_loss sums over pairs; all but num_pairs are reported as means
     "loss",
@@ -204,7 +204,7 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
     sums = reduce_metrics(totals, _SUMS, run.stage.topology)
     metrics = {f"validation/{name}": value for name, value in _means(sums).items()}
     metrics["validation/perf/total_s"] = time.perf_counter() - begin
-    run.progress.message(_validation_line(step, metrics))
+    run.progress.message(validation_line(step, metrics))
     if run.logger is not None:
         run.logger.log(step, metrics)
     return metrics
@@ -285,15 +285,6 @@ def _blame(
     return (
         f"step {step}: the {what} is not finite ({where}). The weights of step {step - 1} are "
         "untouched; look at those rows, or lower policy.megatron_cfg.optimizer.lr"
-    )
-
-
-def _validation_line(step: int, metrics: Mapping[str, float]) -> str:
-    return (
-        f"validation after step {step}: loss {metrics['validation/loss']:.4f}, "
-        f"accuracy {metrics['validation/rewards/accuracies']:.3f}, "
-        f"margin {metrics['validation/rewards/margins']:.4f} "
-        f"({metrics['validation/num_pairs']} pairs)"
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
+from reinforcer_tp.config import ConfigError
 from reinforcer_tp.environment import environment_info
 from reinforcer_tp.progress import Progress, train_line, validation_line
 from reinforcer_tp.trackers import check_trackers, open_trackers
@@ -74,7 +75,7 @@ def check_loggers(logger_config) -> None:
 def open_loggers(
     logger_config, log_dir: str, config_dict: Mapping, resume_step: int
 ) -> MetricLogger:
-    """Open <log_dir>/metrics.jsonl and every logger that `logger_config` (config.LoggerConfig) enables.
+    """Open <log_dir>/metrics.jsonl and every logger that `logger_config` (LoggerConfig) enables.
 
     `config_dict` is what trackers record as the run's configuration, as it is. `resume_step` is the
     number of optimizer steps already done: metrics.jsonl loses its later lines, a resumed run goes
@@ -104,7 +105,7 @@ def cut_metrics(path: Path, resume_step: int) -> None:
     """Remove the lines of steps after `resume_step` (0: all lines) and a torn last line.
 
     Raises:
-        ValueError: another line is not an object with a `step`.
+        ConfigError: another line is not an object with a `step`.
     """
     if not path.exists():
         return
@@ -124,7 +125,7 @@ def _step_of(line: str, path: Path, number: int) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{path} line {number} is {line.strip()[:80]!r}, expected a JSON object with a step; "
             "remove that line, or the file, to resume"
         ) from error

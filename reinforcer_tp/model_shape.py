@@ -85,10 +85,11 @@ def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
         cached = hub.try_to_load_from_cache(model_name, "config.json")
         if isinstance(cached, str):
             return json.loads(Path(cached).read_text(encoding="utf-8")), cached
-        url = hub.hf_hub_url(model_name, "config.json")
+        url, token = hub.hf_hub_url(model_name, "config.json"), hub.get_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         # Not hf_hub_download: offline it retries for 23 s.
         reply = hub.get_session().get(
-            url, headers=hub.utils.build_hf_headers(), timeout=timeout_s, follow_redirects=True
+            url, headers=headers, timeout=timeout_s, follow_redirects=True
         )
         if reply.status_code == 200:
             return reply.json(), url
@@ -193,17 +194,21 @@ def _stage_fix(num_layers: int, pp: int) -> str:
 
 def _check_positions(length: int, shape: dict) -> None:
     positions = shape["max_position_embeddings"]
+    rope = shape.get("rope_scaling") or shape.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
+        # These stretch the trained positions; llama3's max_position_embeddings is the stretched one.
+        trained = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(trained * rope.get("factor", 1.0)))
     require(
         length <= positions,
-        f"policy.max_total_sequence_length={length} exceeds the model's "
-        f"max_position_embeddings={positions}; use at most {positions}",
+        f"policy.max_total_sequence_length={length} exceeds the model's {positions} positions "
+        f"(max_position_embeddings); use at most {positions}",
     )
-    sliding = shape.get("sliding_window")
     # Qwen2 and Qwen3 name a window that they only apply with use_sliding_window.
-    if sliding is None or not shape.get("use_sliding_window", True):
-        return
+    sliding = shape.get("sliding_window") if shape.get("use_sliding_window", True) else None
+    layer_types = shape.get("layer_types") or ["sliding_attention"]
     require(
-        length <= sliding,
+        sliding is None or "sliding_attention" not in layer_types or length <= sliding,
         f"policy.max_total_sequence_length={length} exceeds the model's sliding_window={sliding}: "
         f"sliding-window attention is not built yet; use at most {sliding}",
     )

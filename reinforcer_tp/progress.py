@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 # (metric, label, format) in the order shown; a metric that is absent is left out.
 _COLUMNS = (
     ("loss", "loss", ".4f"),
-    ("rewards/accuracies", "acc", ".2f"),
+    ("rewards/accuracies", "acc", ".3f"),
     ("rewards/margins", "margin", ".4f"),
     ("grad_norm", "grad_norm", ".2f"),
     ("lr", "lr", ".1e"),
@@ -43,19 +43,14 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.description}", markup=False),
                 console=self._console,
-                transient=True,
             )
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
 
-    def start(self) -> None:
-        """Count the time left from here: what came before is not part of a step."""
-        self._begin_s = self._clock()
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Show optimizer step `step` (from 1) with its `metrics`, named with or without train/."""
         if not self._is_rank0:
             return
-        eta = self._eta(step, metrics)
+        eta = self._eta(step, metrics.get("perf/step_s"))
         if self._bar is None:
             print(train_line(step, self._total_steps, metrics, eta), flush=True)
             return
@@ -70,7 +65,7 @@ class Progress:
         if self._bar is None:
             print(text, flush=True)
         else:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the bar; a second call does nothing."""
@@ -82,3 +77,41 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _eta(self, step: int, step_s: float | None) -> str:
+        """h:mm:ss left at the average pace so far, validation and checkpoints included."""
+        now_s = self._clock()
+        if self._begin_s is None:
+            self._begin_s = now_s - (step_s or 0.0)
+        pace_s = (now_s - self._begin_s) / max(step - self._start_step, 1)
+        return str(timedelta(seconds=round(pace_s * (self._total_steps - step))))
+
+
+def train_line(
+    step: int, total_steps: int, metrics: Mapping[str, float | None], eta: str | None = None
+) -> str:
+    """`step 12/60 | loss 0.6512 | acc 0.712 | ... | 0.41 s | ETA 0:00:20` from a step's metrics."""
+    parts = [f"step {step}/{total_steps}", *_values(metrics, "train/")]
+    if metrics.get("perf/step_s") is not None:
+        parts.append(f"{metrics['perf/step_s']:.2f} s")
+    if eta is not None:
+        parts.append(f"ETA {eta}")
+    return " | ".join(parts)
+
+
+def validation_line(step: int, metrics: Mapping[str, float | None]) -> str:
+    """`validation after step 25 | loss 0.6312 | acc 0.712 | margin 0.1200 | 192 pairs`."""
+    parts = [f"validation after step {step}", *_values(metrics, "validation/")]
+    num_pairs = metrics.get("validation/num_pairs", metrics.get("num_pairs"))
+    if num_pairs is not None:
+        parts.append(f"{num_pairs:.0f} pairs")
+    return " | ".join(parts)
+
+
+def _values(metrics: Mapping[str, float | None], prefix: str) -> list[str]:
+    values = {name.removeprefix(prefix): value for name, value in metrics.items()}
+    return [
+        f"{label} {values[name]:{form}}"
+        for name, label, form in _COLUMNS
+        if values.get(name) is not None
+    ]

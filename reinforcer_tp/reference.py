@@ -22,12 +22,12 @@ def sweep_reference(
     cut: MicroBatching,
     *,
     batch_size: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[str], None],
 ) -> dict[int, np.ndarray]:
     """Log-probs of the response tokens under the weights that `stage` holds now. Collective.
 
     `rows` are indices into `pairs`; `batch_size` pairs (over all ranks) are swept at a time and
-    `on_progress(done, total)` is called after each. Returns index -> (C + R,) float32, chosen then
+    `on_progress` is told about it about ten times. Returns index -> (C + R,) float32, chosen then
     rejected, on the last stage; {} elsewhere.
     """
     found: dict[int, np.ndarray] = {}
@@ -40,7 +40,9 @@ def sweep_reference(
             counts = batch.response_lengths.reshape(-1, 2).sum(1).tolist()
             values = logps.to("cpu", torch.float32).split(counts)
             found |= {index_of_row[r]: v.numpy() for r, v in zip(batch.rows, values, strict=True)}
-        on_progress(begin + len(part), len(unique))
+        done = begin + len(part)
+        if done == len(unique) or done * 10 // len(unique) > begin * 10 // len(unique):
+            on_progress(f"{done} of {len(unique)} pairs")
     if stage.topology.is_last_stage and stage.topology.dp_size > 1:
         gathered: list = [None] * stage.topology.dp_size
         dist.all_gather_object(gathered, found, group=stage.topology.dp_group)

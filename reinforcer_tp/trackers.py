@@ -79,7 +79,8 @@ def _open_mlflow(section, log_dir: Path, config_dict: dict, run_id: str | None) 
 
     if section.tracking_uri is not None:
         mlflow.set_tracking_uri(section.tracking_uri)
-    mlflow.set_experiment(section.experiment_name)
+    if section.experiment_name is not None:
+        mlflow.set_experiment(section.experiment_name)
     run = mlflow.start_run(run_id=run_id, run_name=section.run_name)
     if run_id is None:  # MLflow refuses a parameter's second value
         params = list(_flat(config_dict).items())
@@ -117,7 +118,7 @@ def _open_trackio(section, log_dir: Path, config_dict: dict, run_id: str | None)
 
     name = run_id or section.name or f"run-{uuid.uuid4().hex[:8]}"
     trackio.init(
-        project=section.project,
+        project=section.project or "reinforcer_tp",  # it has no default of its own
         name=name,
         config=config_dict,
         resume="never" if run_id is None else "allow",
@@ -142,7 +143,7 @@ def _enabled(logger_config) -> list[str]:
 
 
 def _is_installed(package: str) -> bool:
-    if package in sys.modules:
+    if sys.modules.get(package) is not None:
         return True
     spec = find_spec(package)
     return spec is not None and spec.origin is not None  # a plain folder ./wandb has no origin

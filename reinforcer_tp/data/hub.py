@@ -37,7 +37,7 @@ def load_hub_dataset(
     problem = hub_problem(name, "dataset")
     if problem is not None and not _is_cached(name):
         raise ValueError(
-            f"the dataset {name} is no local file or folder, and the hub does not give it: {problem}; "
+            f"{name} is no local file or folder, and the hub does not give it: {problem}; "
             "check the name, the connection, `hf auth login` and HF_HOME, or give a local path"
         )
     try:

@@ -1,27 +1,15 @@
-"""Data files, folders and hub datasets -> datasets.Dataset.
+"""Data files, folders and hub datasets, as the configuration names them -> datasets.Dataset."""
 
-Files are read here, not by `load_dataset`: a mistake is named with its file and line, text that
-looks like a date stays text, and messages keep exactly the keys they have. Nothing is unpickled.
-"""
-
-import gzip
-import hashlib
-import io
-import json
+import difflib
 import re
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from reinforcer_tp.data.files import EXPECTED, file_format, load_files
 from reinforcer_tp.data.hub import load_hub_dataset, looks_like_path
 
-FORMATS = ("jsonl", "ndjson", "json", "parquet")
 SPLITS = {  # words in a file's name or folder -> the split it belongs to
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -54,16 +42,16 @@ def load_rows(source: Source) -> datasets.Dataset:
     elif path.exists():
         if source.subset is not None or _split_name(source) not in (None, "train"):
             raise ValueError(
-                f"{source} is a file, which has neither subset nor splits; got "
-                f"subset={source.subset}, split={source.split}; set data.subset and data.split to null"
+                f"{source} is a file and has no subsets or splits; got subset={source.subset}, "
+                f"split={source.split}; set data.subset and data.split to null"
             )
-        rows = _load_files([path])
-    elif looks_like_path(source.path) or _format(path) is not None:
+        rows = load_files([path])
+    elif looks_like_path(source.path) or file_format(path) is not None:
         raise ValueError(f"{source}: there is no such file or folder{_similar(path)}")
     else:
         rows = _load_hub(source)
     rows = _slice(rows, source)
-    if not len(rows):
+    if len(rows) == 0:
         raise ValueError(f"{source} has no rows; expected at least one")
     return rows
 
@@ -89,11 +77,11 @@ def _load_folder(folder: Path, source: Source) -> datasets.Dataset:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         is_hidden = any(part.startswith((".", "_")) for part in relative.parts)
-        if not is_hidden and path.is_file() and _format(path) is not None:
+        if not is_hidden and path.is_file() and file_format(path) is not None:
             files.setdefault(_split_of(relative), []).append(path)
     if not files:
-        raise ValueError(f"{source} holds no data file; expected {_expected_formats()}")
-    return _load_files(files[_choose_split(set(files), source)])
+        raise ValueError(f"{source} holds no data file; expected {EXPECTED}")
+    return load_files(files[_choose_split(set(files), source)])
 
 
 def _split_of(relative: Path) -> str:
@@ -131,27 +119,7 @@ def _slice(rows: datasets.Dataset, source: Source) -> datasets.Dataset:
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
-def _load_files(paths: list[Path]) -> datasets.Dataset:
-    formats = {_format(path) for path in paths}
-    if None in formats or len({name == "parquet" for name in formats}) != 1:
-        names = ", ".join(path.name for path in paths[:3])
-        raise ValueError(f"cannot read {names} as one set; expected {_expected_formats()}, not mixed")
-    features = _parquet_features(paths) if formats == {"parquet"} else _json_features(paths)
-    hidden = not len(features) or sum(path.stat().st_size for path in paths) < 10 << 20
-    with _progress_bars(hidden):
-        return datasets.Dataset.from_generator(
-            _iterate,
-            features=features,
-            gen_kwargs={"paths": tuple(map(str, paths)), "digest": _digest(paths)},
-        )
-
-
-def _iterate(paths: tuple[str, ...], digest: str) -> Iterator[dict]:
-    """Rows of all files; `digest` is there for the cache of `from_generator`."""
-    for path in map(Path, paths):
-        if _format(path) == "parquet":
-            for batch in pq.ParquetFile(_seekable(path)).iter_batches():
-                yield from batch.to_pylist()
-        else:
-            for _, row in _json_rows(path):
-                yield row
+def _similar(path: Path) -> str:
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

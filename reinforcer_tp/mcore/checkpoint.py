@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.optim import Training
-from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.topology import Topology, layout_of
 
 _FORMAT = 1
 
@@ -89,12 +89,16 @@ def save_checkpoint(
     return folder
 
 
-def check_resumable(folder: Path, state: dict[str, Any], layout: dict[str, int]) -> None:
+def check_resumable(
+    folder: Path, state: dict[str, Any], *, world_size: int, tp_size: int, pp_size: int
+) -> None:
     """Raises ValueError when the checkpoint was written under another layout."""
-    if state["layout"] != layout:
+    here = layout_of(world_size, tp_size, pp_size)
+    if state["layout"] != here:
+        changed = [f"{k}={v} there, {here[k]} here" for k, v in state["layout"].items() if v != here[k]]
         raise ValueError(
-            f"{folder} was written with {state['layout']}, this run has {layout}; resuming under "
-            "another layout is not built: use the same sizes, or a new logger.log_dir"
+            f"{folder} was written under another layout ({', '.join(changed)}), and resuming across "
+            "layouts is not built: use the same sizes, or a new logger.log_dir"
         )
 
 
@@ -104,7 +108,6 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restores weights, optimizer, scheduler and loss scale; returns the state. Collective."""
     state = read_state(folder)
-    check_resumable(folder, state, topology.layout())
     saved = load_file(folder / _model_file(topology))
     for name, parameter in model.core.named_parameters():
         parameter.copy_(saved[name])

@@ -47,12 +47,17 @@ class Topology:
 
     def layout(self) -> dict[str, int]:
         """The sizes that environment.json and checkpoints record."""
-        return {
-            "world_size": self.world_size,
-            "tensor_model_parallel_size": self.tp_size,
-            "pipeline_model_parallel_size": self.pp_size,
-            "data_parallel_size": self.dp_size,
-        }
+        return layout_of(self.world_size, self.tp_size, self.pp_size)
+
+
+def layout_of(world_size: int, tp_size: int, pp_size: int) -> dict[str, int]:
+    """Names and sizes of a layout."""
+    return {
+        "world_size": world_size,
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": pp_size,
+        "data_parallel_size": world_size // (tp_size * pp_size),
+    }
 
 
 def init_topology(

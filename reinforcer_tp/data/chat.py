@@ -1,0 +1,277 @@
+"""PreferencePair -> token ids of prompt P, chosen C and rejected R.
+
+Messages: the ids of what the chat template renders, and nothing else. Text: the tokenizer's own
+special tokens in front, EOS once at the end of each side. P is what the prompt's ids share with
+both whole sequences, and a response is everything after it: P + C and P + R are always the ids of
+the whole texts.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from reinforcer_tp.data.hub import one_line
+from reinforcer_tp.data.pairs import PreferencePair
+
+# Arguments of apply_chat_template that are not the template's.
+RESERVED_KWARGS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What decides the ids beside the tokenizer."""
+
+    max_total_sequence_length: int | None = None  # tokens of prompt + response of a side
+    overlong: Literal["drop", "truncate_prompt", "truncate_response"] = "drop"
+    on_boundary_mismatch: Literal["longest_common_prefix", "error", "drop"] = (
+        "longest_common_prefix"
+    )
+    chat_template_kwargs: dict[str, Any] | None = None  # variables for the template
+
+    def __post_init__(self):
+        taken = RESERVED_KWARGS & set(self.chat_template_kwargs or {})
+        if taken:
+            raise ValueError(
+                f"policy.tokenizer.chat_template_kwargs has {', '.join(sorted(taken))}; expected "
+                "variables of the template only"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPair:
+    """Ids of a pair, or why there are none."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    dropped: str = ""  # reason; "" = usable
+    mistake: str = ""  # what is wrong with the row, where `dropped` is a mistake of the data
+    boundary_mismatch: str | None = None  # end of the prompt that is no prefix of both sides
+    is_truncated: bool = False
+
+
+class _Texts(NamedTuple):
+    prompt: str
+    chosen: str  # the prompt and the response
+    rejected: str  # likewise
+
+
+def encode_pair(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> EncodedPair:
+    """The ids of one pair; `options` are the fields of EncodeOptions."""
+    return PairEncoder(tokenizer, EncodeOptions(**options)).encode([pair])[0]
+
+
+class PairEncoder:
+    """Tokenizes pairs. ValueError where the tokenizer lacks what the pairs need."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions):
+        self.tokenizer, self.options = tokenizer, options
+        self.start = text_start(tokenizer)
+        no_text = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        unknown = {tokenizer.unk_token_id} - no_text  # special to transformers, but it is text
+        self.special_ids = set(tokenizer.all_special_ids) - unknown
+        special = "|".join([r"\s", *map(re.escape, tokenizer.all_special_tokens)])
+        self.only_special = re.compile(f"(?:{special})*")
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
+        """The ids of every pair, tokenized together; each result depends on its own pair alone."""
+        check_tokenizer(self.tokenizer, (pair.is_chat for pair in pairs))
+        rendered = [self._render_or_refuse(pair) for pair in pairs]
+        texts = [text for group in rendered if isinstance(group, _Texts) for text in group]
+        ids = iter(self._tokenize(texts))
+        return [
+            self._split(pair, next(ids), next(ids), next(ids))
+            if isinstance(group, _Texts)
+            else group
+            for pair, group in zip(pairs, rendered, strict=True)
+        ]
+
+    def _render_or_refuse(self, pair: PreferencePair) -> _Texts | EncodedPair:
+        for name in ("chosen", "rejected"):
+            text = _response_text(getattr(pair, name))
+            if text and self.only_special.fullmatch(text):
+                return _mistake(
+                    "only_special_tokens",
+                    f"the {name} response is only special tokens ({text!r}); expected text",
+                )
+        try:
+            return self._render(pair)
+        except (TemplateError, TypeError) as error:
+            return _mistake(
+                "chat_template", f"the chat template refuses the row: {one_line(error)}"
+            )
+
+    def _render(self, pair: PreferencePair) -> _Texts:
+        prompt = pair.prompt
+        if isinstance(prompt, str):
+            return _Texts(prompt, prompt + pair.chosen, prompt + pair.rejected)
+        kwargs = (self.options.chat_template_kwargs or {}) | (pair.chat_template_kwargs or {})
+        if RESERVED_KWARGS & kwargs.keys():
+            raise TypeError(
+                f"chat_template_kwargs has {', '.join(RESERVED_KWARGS & kwargs.keys())}"
+            )
+        if pair.tools and "tools" not in str(self.tokenizer.chat_template):
+            raise TypeError("there are tools, which it never mentions")
+        kwargs |= {"tools": pair.tools, "tokenize": False}
+        apply = self.tokenizer.apply_chat_template
+        return _Texts(
+            apply(prompt, add_generation_prompt=True, **kwargs),
+            apply(prompt + pair.chosen, **kwargs),
+            apply(prompt + pair.rejected, **kwargs),
+        )
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _split(
+        self, pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> EncodedPair:
+        """`chosen` and `rejected` are whole sequences, prompt and response."""
+        if not pair.is_chat:
+            prompt = self.start + prompt
+            chosen, rejected = (self._end(self.start + side) for side in (chosen, rejected))
+        length = min(common_prefix_length(prompt, side) for side in (chosen, rejected))
+        mismatch = None if length == len(prompt) else self.tokenizer.decode(prompt[length:])
+        prompt, chosen, rejected = prompt[:length], chosen[length:], rejected[length:]
+        for name, response in (("chosen", chosen), ("rejected", rejected)):
+            if self.special_ids.issuperset(response):
+                return _mistake(
+                    "only_special_tokens",
+                    f"the {name} response gives no tokens but special ones; expected text",
+                )
+        if mismatch is not None and self.options.on_boundary_mismatch == "error":
+            return _mistake(
+                "boundary_mismatch",
+                f"the prompt's end {mismatch!r} is not tokenized alike in the whole sequences; set "
+                "data.on_boundary_mismatch to longest_common_prefix or drop",
+                mismatch,
+            )
+        if mismatch is not None and self.options.on_boundary_mismatch == "drop":
+            return _dropped("boundary_mismatch", mismatch)
+        if not prompt:  # no position would predict the first response token
+            return _dropped("empty_prompt", mismatch)
+        if chosen == rejected:
+            return _dropped("identical", mismatch)
+        return _fit(prompt, chosen, rejected, self.options, mismatch)
+
+    def _end(self, ids: list[int]) -> list[int]:
+        """`ids` with EOS once, also where the text already spells it out."""
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1] == eos else [*ids, eos]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kinds: Iterable[bool]) -> None:
+    """ValueError where the tokenizer lacks what the rows need; `kinds`: is_chat of the rows."""
+    kinds = set(kinds)
+    if True in kinds and not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, but there are rows of "
+            "messages; set policy.tokenizer.chat_template to Jinja text or a .jinja file"
+        )
+    if False in kinds and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no EOS token, but there are rows of raw "
+            "text, which must end with one; set eos_token in its tokenizer_config.json"
+        )
+
+
+def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokenizer itself puts in front of raw text."""
+    probe = "a"
+    ids = tokenizer(probe)["input_ids"]
+    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    starts = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    return ids[: next(starts)]
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that changes whenever the tokenizer or its template may give other ids."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # state of the last call
+    else:
+        content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+        content["settings"] = {key: repr(value) for key, value in tokenizer.init_kwargs.items()}
+    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    described = [content, names, tokenizer.all_special_ids, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _fit(
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    options: EncodeOptions,
+    mismatch: str | None,
+) -> EncodedPair:
+    limit, longest = options.max_total_sequence_length, max(len(chosen), len(rejected))
+    is_overlong = limit is not None and len(prompt) + longest > limit
+    if is_overlong:
+        if options.overlong == "drop":
+            return _dropped("overlong", mismatch)
+        if options.overlong == "truncate_prompt":
+            room = limit - longest
+            prompt = prompt[len(prompt) - room :]
+        else:
+            room = limit - len(prompt)
+            chosen, rejected = chosen[:room], rejected[:room]
+        if room < 1:
+            return _dropped(f"overlong_after_{options.overlong}", mismatch)
+        if chosen == rejected:
+            return _dropped("identical_after_truncation", mismatch)
+    return EncodedPair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        boundary_mismatch=mismatch,
+        is_truncated=is_overlong,
+    )
+
+
+def _response_text(response: str | list[dict]) -> str:
+    """ "" where a response has more than text."""
+    if isinstance(response, str):
+        return response
+    if any("tool_calls" in message for message in response):
+        return ""
+    return "".join(message.get("content", "") for message in response)
+
+
+def _mistake(reason: str, text: str, mismatch: str | None = None) -> EncodedPair:
+    return replace(_dropped(reason, mismatch), mistake=text)
+
+
+def _dropped(reason: str, mismatch: str | None) -> EncodedPair:
+    return EncodedPair(
+        prompt=[], chosen=[], rejected=[], dropped=reason, boundary_mismatch=mismatch
+    )

@@ -1,0 +1,194 @@
+"""Data files -> datasets.Dataset.
+
+Read here, not by `load_dataset`: a mistake is named with its file and line, text that looks like a
+date stays text, and messages keep exactly the keys they have. Nothing is unpickled.
+"""
+
+import codecs
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reinforcer_tp.data.hub import one_line
+
+FORMATS = ("jsonl", "ndjson", "json", "parquet")
+EXPECTED = "files that end in .jsonl, .json or .parquet (or those with .gz)"
+VERSION = 1  # of how files are read: part of the key of the cached rows
+BIG = 10 << 20  # bytes of files that take seconds to read
+
+
+def load_files(paths: list[Path]) -> datasets.Dataset:
+    """The rows of all `paths`, JSON or parquet. ValueError naming the broken file (and line)."""
+    formats = {file_format(path) for path in paths}
+    if None in formats or len({name == "parquet" for name in formats}) != 1:
+        names = ", ".join(path.name for path in paths[:3])
+        raise ValueError(f"cannot read {names} as one set; expected {EXPECTED}, not mixed")
+    features = _parquet_features(paths) if formats == {"parquet"} else _json_features(paths)
+    kwargs = {"paths": tuple(map(str, paths)), "digest": f"{VERSION}-{_digest(paths)}"}
+    with progress_bars(shown=sum(path.stat().st_size for path in paths) > BIG):
+        try:
+            return datasets.Dataset.from_generator(_iterate, features=features, gen_kwargs=kwargs)
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = one_line(error.__cause__ or error)
+            raise ValueError(f"cannot read {', '.join(map(str, paths))}: {cause}") from error
+
+
+@contextlib.contextmanager
+def progress_bars(*, shown: bool) -> Iterator[None]:
+    """Without the bars of `datasets`, but for work that takes a while."""
+    silenced = not shown and datasets.are_progress_bars_disabled() is False
+    if silenced:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silenced:
+            datasets.enable_progress_bars()
+
+
+def _iterate(paths: tuple[str, ...], digest: str) -> Iterator[dict]:
+    """Rows of all files; `digest` is there for the cache of `from_generator`."""
+    for path in map(Path, paths):
+        if file_format(path) == "parquet":
+            for batch in pq.ParquetFile(_seekable(path)).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            for _, row in _json_rows(path):
+                yield row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of every line; a .json file may hold one list of objects instead."""
+    with _readable(path), _open(path) as stream:
+        if file_format(path) == "json" and _first_character(stream) == b"[":
+            rows = _parse(stream.read(), path, None)
+            for index, row in enumerate(rows):
+                yield index, _check_object(row, f"{path}, item {index} of the list")
+            return
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                row = _parse(line, path, number)
+                yield number, _check_object(row, f"{path}, line {number}")
+
+
+def _parse(line: bytes, path: Path, number: int | None) -> Any:
+    """One JSON value, strictly: UTF-8, no NaN, no key twice, no half of a surrogate pair."""
+    try:
+        value = json.loads(
+            line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant
+        )
+        if b"\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        if number is None and isinstance(error, json.JSONDecodeError):
+            number = error.lineno
+        where = str(path) if number is None else f"{path}, line {number}"
+        raise ValueError(
+            f"{where}: not valid JSON ({error}); expected one JSON object a line"
+            f"{', or one list of objects' if file_format(path) == 'json' else ''}; fix or remove it"
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
+    return result
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_object(row: object, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got {type(row).__name__}; expected an object with named values")
+    return row
+
+
+def _json_features(paths: list[Path]) -> datasets.Features:
+    """Columns of all rows: text, whole numbers and numbers as such, anything else as JSON."""
+    kinds: dict[str, set[type]] = {}
+    for path in paths:
+        for _, row in _json_rows(path):
+            for key, value in row.items():
+                kinds.setdefault(key, set()).add(_kind(value))
+    return datasets.Features({key: _feature(found) for key, found in kinds.items()})
+
+
+def _kind(value: object) -> type:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return object
+    return type(value)
+
+
+def _feature(kinds: set[type]) -> Any:
+    kinds = kinds - {type(None)}
+    for allowed, name in (({str}, "string"), ({int}, "int64"), ({int, float}, "float64")):
+        if kinds <= allowed:
+            return datasets.Value(name)
+    return datasets.Json()
+
+
+def _parquet_features(paths: list[Path]) -> datasets.Features:
+    schemas = []
+    for path in paths:
+        with _readable(path):
+            schemas.append(pq.ParquetFile(_seekable(path)).schema_arrow.remove_metadata())
+    try:
+        return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas))
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{paths[0].parent}: the parquet files differ in columns ({error})"
+        ) from error
+
+
+def file_format(path: Path) -> str | None:
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix[1:] if suffix[1:] in FORMATS else None
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _seekable(path: Path) -> BinaryIO | str:
+    if path.suffix != ".gz":
+        return str(path)
+    with gzip.open(path) as stream:
+        return io.BytesIO(stream.read())
+
+
+def _first_character(stream: BinaryIO) -> bytes:
+    start = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    stream.seek(0)
+    return start
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Failures of the file system, of gzip and of parquet as one line that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
