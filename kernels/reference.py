@@ -66,11 +66,12 @@ class _LinearLogprob(torch.autograd.Function):
         return -_softplus(x), entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight = ctx.saved_tensors[:2]
-        with _exact_matmul(hidden, weight):
-            grads = _backward(ctx, grad_logps, grad_entropy)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("vocab_parallel_linear_logprob is differentiable only once")
+        saved = ctx.saved_tensors  # unpacked once: activation recompute allows no more
+        with _exact_matmul(*saved[:2]):
+            grads = _backward(ctx, saved, grad_logps, grad_entropy)
         return *grads, None, None
 
 
@@ -105,7 +106,7 @@ def _merge_stats(stats: Tensor, group) -> tuple[Tensor, Tensor, Tensor | None]:
     if group is not None:
         # One collective over the ranks that share the vocabulary; merged in rank order.
         gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), stats, group=group)
+        dist.all_gather_single(gathered.flatten(0, 1), stats, group=group)
     anchors, totals, targets = gathered[:, 0], gathered[:, 1], gathered[:, 2]
     anchor, target = anchors.amax(0), targets.amax(0)
     scale = (anchors - anchor).exp()
@@ -119,9 +120,9 @@ def _merge_stats(stats: Tensor, group) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, lse, (-x).sigmoid() * _softplus(x) + x.sigmoid() * (lse - mean_rest)
 
 
-def _backward(ctx, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]:
+def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each None where nobody asked for it."""
-    hidden, weight, bias, labels, x, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, labels, x, lse, entropy = saved
     wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     dtype, head = lse.dtype, ctx.head
     rows = [x, lse, *_row_grads(lse, grad_logps, grad_entropy, head.temperature)]
@@ -204,7 +205,10 @@ class _WeightGrad:
         self.grad = torch.zeros_like(weight) if fused_weight is None else fused_weight.main_grad
 
     def add(self, begin: int, end: int, rows: Tensor) -> None:
-        self.grad[begin:end] += rows
+        if self.fused_weight is None:
+            self.grad[begin:end].copy_(rows)  # assignment would make a rounded copy first
+        else:
+            self.grad[begin:end] += rows
 
     def finish(self) -> Tensor:
         weight = self.fused_weight

@@ -77,8 +77,9 @@ def metric_key(name: str | None) -> str | None:
     text = "val:loss" if name == "val_loss" else name
     if text.startswith(("val:", "train:")):
         phase, metric = text.split(":", 1)
-        if metric.startswith("validation-") and "_" in metric:  # validation-<set name>_<metric>
-            metric = metric.split("_", 1)[1]
+        if metric.startswith("validation-"):  # validation-<name of the set>_<metric>
+            names = sorted((*METRICS, *NEMO_RL_METRICS), key=len, reverse=True)
+            metric = next((name for name in names if metric.endswith(f"_{name}")), metric)
         phase = {"val": "validation"}.get(phase, phase)
         text = f"{phase}/{NEMO_RL_METRICS.get(metric, metric)}"
     phase, _, metric = text.partition("/")

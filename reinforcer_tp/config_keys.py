@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 
@@ -63,6 +64,7 @@ def _options(hint: object) -> tuple:
     return typing.get_args(hint) if union else (hint,)
 
 
+@functools.cache
 def fields_of(section: type) -> dict[str, object]:
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}

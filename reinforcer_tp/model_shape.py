@@ -196,7 +196,7 @@ def _check_positions(length: int, shape: dict) -> None:
     positions = shape["max_position_embeddings"]
     rope = shape.get("rope_scaling") or shape.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
-        # These stretch the trained positions; llama3's max_position_embeddings is the stretched one.
+        # These stretch the trained positions; llama3 names the stretched number itself.
         trained = rope.get("original_max_position_embeddings") or positions
         positions = max(positions, int(trained * rope.get("factor", 1.0)))
     require(

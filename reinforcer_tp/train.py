@@ -135,7 +135,8 @@ def prepare_and_train(config: Config) -> int:
 
 def open_inputs(config: Config) -> Inputs:
     """Raises ConfigError or ValueError, one line, alike on every rank."""
-    from reinforcer_tp.data import load_tokenizer, prepare_data
+    from reinforcer_tp.data.prepare import prepare_data
+    from reinforcer_tp.data.tokenizer import load_tokenizer
     from reinforcer_tp.embedded import ensure_embedded
     from reinforcer_tp.hf_files import check_tokenizer, open_model
     from reinforcer_tp.loop import num_steps
@@ -143,17 +144,8 @@ def open_inputs(config: Config) -> Inputs:
 
     check_loggers(config.logger)
     checkpoint, start_step = resume_point(config)
-    policy, data_section, reference_name = config.policy, config.data, config.reference.model_name
-    embedded = None
-    if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
-        embedded = ensure_embedded()
-    if data_section.dataset_name == "embedded":
-        data_section = dataclasses.replace(
-            data_section,
-            dataset_name="auto",
-            train_data_path=embedded.train,
-            val_data_path=embedded.validation,
-        )
+    policy, reference_name = config.policy, config.reference.model_name
+    embedded = ensure_embedded() if "embedded" in (policy.model_name, reference_name) else None
     files = open_model(config, policy.model_name, embedded)
     reference_files = None
     if reference_name not in (None, policy.model_name):
@@ -163,7 +155,7 @@ def open_inputs(config: Config) -> Inputs:
     )
     check_tokenizer(tokenizer, files, reference_files)
     data = prepare_data(
-        data_section,
+        config.data,
         tokenizer=tokenizer,
         max_total_sequence_length=policy.max_total_sequence_length,
         chat_template_kwargs=policy.tokenizer.chat_template_kwargs,
@@ -200,7 +192,7 @@ def resume_point(config: Config) -> tuple[Path | None, int]:
 
 def run(config: Config, inputs: Inputs) -> None:
     """The table of contents: topology, model, reference, optimizer, loop, export."""
-    from reinforcer_tp.data import format_report
+    from reinforcer_tp.data.prepare import format_report
     from reinforcer_tp.hf_files import write_companions
     from reinforcer_tp.loop import PairSet, Run, train
     from reinforcer_tp.mcore.checkpoint import load_checkpoint

@@ -6,10 +6,8 @@ both whole sequences, and a response is everything after it: P + C and P + R are
 the whole texts.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import PreferencePair
+from reinforcer_tp.data.tokenizer import check_tokenizer, load_tokenizer, text_start
+
+__all__ = ["EncodeOptions", "EncodedPair", "PairEncoder", "encode_pair", "load_tokenizer"]
 
 # Arguments of apply_chat_template that are not the template's.
 RESERVED_KWARGS = {
@@ -185,46 +186,9 @@ class PairEncoder:
         return ids if ids[-1] == eos else [*ids, eos]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kinds: Iterable[bool]) -> None:
-    """ValueError where the tokenizer lacks what the rows need; `kinds`: is_chat of the rows."""
-    kinds = set(kinds)
-    if True in kinds and not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template, but there are rows of "
-            "messages; set policy.tokenizer.chat_template to Jinja text or a .jinja file"
-        )
-    if False in kinds and tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has no EOS token, but there are rows of raw "
-            "text, which must end with one; set eos_token in its tokenizer_config.json"
-        )
-
-
-def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that the tokenizer itself puts in front of raw text."""
-    probe = "a"
-    ids = tokenizer(probe)["input_ids"]
-    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    starts = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
-    return ids[: next(starts)]
-
-
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash that changes whenever the tokenizer or its template may give other ids."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content |= {"truncation": None, "padding": None}  # state of the last call
-    else:
-        content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-        content["settings"] = {key: repr(value) for key, value in tokenizer.init_kwargs.items()}
-    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    described = [content, names, tokenizer.all_special_ids, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _fit(
@@ -259,7 +223,7 @@ def _fit(
 
 
 def _response_text(response: str | list[dict]) -> str:
-    """ "" where a response has more than text."""
+    """Empty where a response has more than text."""
     if isinstance(response, str):
         return response
     if any("tool_calls" in message for message in response):

@@ -42,7 +42,7 @@ class FileDataset:
             f"rejected{suffix}": rejected_key,
         }
         self.formatted_ds = _load_splits(train_data_path, val_data_path, names, subset, split)
-        self.task_spec = TaskDataSpec(dataset_name=type(self).__name__)
+        self.task_spec = TaskDataSpec(dataset_name=Path(train_data_path).name)
 
 
 class DPODataset:

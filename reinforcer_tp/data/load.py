@@ -32,7 +32,6 @@ LOADING_KEYS = (
 
 CLASSES: dict[str, type] = {
     "auto": FileDataset,
-    "embedded": FileDataset,
     "DPODataset": DPODataset,
     "BinaryPreferenceDataset": BinaryPreferenceDataset,
     "PreferenceDataset": PreferenceDataset,
@@ -49,10 +48,8 @@ def load_preference_dataset(data_config: Any) -> Any:
     ValueError for a class that is not there, that cannot take a key that is set, or that has no
     `formatted_ds` with a "train".
     """
-    config = _as_dict(data_config)
+    config = as_dict(data_config)
     name = config.get("dataset_name") or "auto"
-    if name == "embedded":
-        config = _embedded(config)
     dataset_class = CLASSES[name] if name in CLASSES else _import_class(name)
     dataset = dataset_class(**_arguments(dataset_class, name, config))
     _check_formatted(dataset, name)
@@ -61,7 +58,7 @@ def load_preference_dataset(data_config: Any) -> Any:
 
 def task_spec_of(dataset: Any, data_config: Any) -> TaskDataSpec:
     """The dataset's TaskDataSpec, with the configuration's files where it names none."""
-    config = _as_dict(data_config)
+    config = as_dict(data_config)
     spec = getattr(dataset, "task_spec", None) or TaskDataSpec()
     return TaskDataSpec(
         dataset_name=getattr(spec, "dataset_name", None) or type(dataset).__name__,
@@ -71,23 +68,11 @@ def task_spec_of(dataset: Any, data_config: Any) -> TaskDataSpec:
     )
 
 
-def _as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: Any) -> dict[str, Any]:
+    """The fields of a configuration section, an object or a mapping."""
     if isinstance(config, Mapping):
         return dict(config)
     return asdict(config) if is_dataclass(config) else dict(vars(config))
-
-
-def _embedded(config: dict[str, Any]) -> dict[str, Any]:
-    from reinforcer_tp.embedded import ensure_embedded  # the one place that needs it
-
-    given = [key for key in ("train_data_path", "val_data_path") if config.get(key) is not None]
-    if given:
-        raise ValueError(
-            f"data.{given[0]}={config[given[0]]} is set, but data.dataset_name=embedded brings its "
-            "own rows; set data.dataset_name=auto"
-        )
-    paths = ensure_embedded()
-    return config | {"train_data_path": paths.train, "val_data_path": paths.validation}
 
 
 def _import_class(name: str) -> type:

@@ -5,7 +5,7 @@ Text stays text and is tokenized as it is; lists of messages go through the chat
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class PreferencePair:
         return not isinstance(self.prompt, str)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self.__dict__)
 
     @classmethod
     def from_json(cls, text: str) -> "PreferencePair":

@@ -30,6 +30,7 @@ from reinforcer_tp.data.pairs import (
     kind,
 )
 
+MAX_WEIGHT = 3e38  # float32
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -221,7 +222,7 @@ def _as_messages(value: object, name: str, role: str) -> Messages:
 
 def _weight(value: object) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
+    if not is_number or not 0 <= value <= MAX_WEIGHT:
         raise BadRow("weight", f"weight={value!r}; expected a finite number >= 0")
     return float(value)
 

@@ -79,6 +79,7 @@ def _optimizer_config(policy: Any, dtype: torch.dtype, use_distributed: bool) ->
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
+        initial_loss_scale=2.0**16,  # float16 only; Megatron's 2**32 begins with 15 lost steps
         clip_grad=0.0,  # optimizer_step clips, after it has looked at the norm
         use_distributed_optimizer=use_distributed,
     )

@@ -1,0 +1,90 @@
+"""Tokenized pairs as flat arrays on disk, memory-mapped by every rank of a node."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_ARRAYS = {"tokens": np.int32, "lengths": np.int32, "weights": np.float32, "rows": np.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPair:
+    """Ids of one pair; a sequence is the prompt and one response."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    weight: float = 1.0  # multiplies both loss terms
+    row: int = 0  # in the source, counted from 0
+
+
+class TokenizedSet(Sequence[TokenizedPair]):
+    """n pairs: tokens (sum of lengths,) hold prompt, chosen, rejected of pair 0, of pair 1, ..."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,  # (sum of lengths,) int32
+        lengths: np.ndarray,  # (n, 3) int32: tokens of prompt, chosen, rejected
+        weights: np.ndarray,  # (n,) float32
+        rows: np.ndarray,  # (n,) int64
+    ):
+        self.tokens, self.weights, self.rows = tokens, weights, rows
+        self._lengths = lengths
+        self._ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
+        assert len(lengths) == len(weights) == len(rows)
+        assert len(tokens) == (self._ends[-1] if len(lengths) else 0)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        num_prompt, num_chosen, num_rejected = self._lengths[index].tolist()
+        end = int(self._ends[index])
+        ids = self.tokens[end - num_prompt - num_chosen - num_rejected : end].tolist()
+        return TokenizedPair(
+            prompt=ids[:num_prompt],
+            chosen=ids[num_prompt : num_prompt + num_chosen],
+            rejected=ids[num_prompt + num_chosen :],
+            weight=float(self.weights[index]),
+            row=int(self.rows[index]),
+        )
+
+    def lengths(self) -> np.ndarray:
+        """(n, 3) int32: tokens of prompt, chosen and rejected; not to be changed."""
+        return self._lengths
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[TokenizedPair]) -> "TokenizedSet":
+        pairs = list(pairs)
+        sides = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        lengths = [[len(side) for side in three] for three in sides]
+        return cls(
+            tokens=np.array([i for three in sides for side in three for i in side], np.int32),
+            lengths=np.array(lengths, np.int32).reshape(-1, 3),
+            weights=np.array([pair.weight for pair in pairs], np.float32),
+            rows=np.array([pair.row for pair in pairs], np.int64),
+        )
+
+    def save(self, folder: Path) -> None:
+        for name, array in zip(_ARRAYS, self._arrays(), strict=True):
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenizedSet":
+        """The set saved in `folder`, read as it is needed. ValueError where a file is damaged."""
+        arrays = {}
+        for name, dtype in _ARRAYS.items():
+            path = folder / f"{name}.npy"
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} cannot be read ({error}); delete {folder}") from error
+            if array.dtype != dtype:
+                raise ValueError(f"{path} holds {array.dtype}, expected {dtype}; delete {folder}")
+            arrays[name] = array
+        return cls(**arrays)
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.tokens, self._lengths, self.weights, self.rows

@@ -1,0 +1,243 @@
+"""The operator with its vocabulary sharded over gloo processes against the whole in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kernels import vocab_parallel_linear_logprob
+from tests.distributed.spawn import run_distributed
+from tests.ops.dense import Result, dense_result, error, row_error
+
+D = 16
+FEATURES = {"temperature": 0.8, "logit_softcap": 4.0}
+
+
+def case(
+    borders, *, n=40, dtype=torch.float64, bar=1e-12, labels_below=None, vocab_size=None, **options
+):
+    """One sharding of one problem. `borders`: first row of each rank and the end of the last."""
+    generator = torch.Generator().manual_seed(len(borders) + n)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = borders[-1]
+    vocab_size = rows if vocab_size is None else vocab_size
+    hidden, weight, bias = randn(n, D) / 2, randn(rows, D), randn(rows)
+    weight[vocab_size:], bias[vocab_size:] = float("nan"), 1e30
+    labels = torch.randint(0, labels_below or vocab_size, (n,), generator=generator)
+    # First and last row of every shard is some token's label.
+    edges = [i for b in borders for i in (b - 1, b) if 0 <= i < (labels_below or vocab_size)]
+    labels[: min(len(edges), n)] = torch.tensor(edges[:n], dtype=torch.int64)
+    grads = {"grad_logps": randn(n), "grad_entropy": randn(n)}
+    operands = {"hidden": hidden, "weight": weight, "bias": bias}
+    return {
+        "borders": borders,
+        "operands": {name: tensor.to(dtype) for name, tensor in operands.items()},
+        "labels": labels,
+        "vocab_size": vocab_size,
+        "options": options,
+        "grads": grads,
+        "bar": bar,
+    }
+
+
+def expected_result(problem) -> Result:
+    real = problem["vocab_size"]
+    operands = dict(problem["operands"])
+    for name in ("weight", "bias"):
+        operands[name] = operands[name][:real]
+    return dense_result(
+        labels=problem["labels"], **operands, **problem["options"], **problem["grads"]
+    )
+
+
+def far_apart(borders, gap):
+    """The second rank's logits lie `gap` away from all others."""
+    problem = case(borders, n=30)
+    problem["operands"]["bias"][borders[1] : borders[2]] += gap
+    return problem
+
+
+def confident(miss):
+    """One label that is sure to 1 - p = `miss` in float32, with its strongest rivals elsewhere."""
+    problem = case([0, 30, 60], n=1, dtype=torch.float32, bar=2e-6)
+    problem["labels"][:] = 5
+    del problem["grads"]["grad_entropy"]  # the float64 form itself is too rough for it here
+    problem["operands"]["bias"][6:30] -= 20
+    odds = expected_result(problem).miss.logit().item()
+    problem["operands"]["bias"][5] += odds - math.log(miss)
+    return problem
+
+
+CASES = {
+    2: {
+        "even": case([0, 50, 100]),
+        "uneven, every option": case([0, 37, 100], **FEATURES),
+        "float32": case([0, 37, 100], dtype=torch.float32, bar=2e-5),
+        "bfloat16": case([0, 37, 100], dtype=torch.bfloat16, bar=1e-2),
+        "empty first shard": case([0, 0, 100]),
+        "empty last shard": case([0, 100, 100]),
+        "one row each": case([0, 1, 2]),
+        "one real row": case([0, 1, 2], vocab_size=1),
+        "garbage in padding": case([0, 64, 128], vocab_size=101),
+        "last shard all padding": case([0, 64, 128], vocab_size=64),
+        "no label on the last rank": case([0, 50, 100], labels_below=50),
+        "no tokens": case([0, 50, 100], n=0),
+        "second rank 100 above": far_apart([0, 50, 100], 100.0),
+        "second rank 100 below": far_apart([0, 50, 100], -100.0),
+        "confident 1e-12": confident(1e-12),
+        "confident 1e-4": confident(1e-4),
+    },
+    4: {
+        "uneven": case([0, 10, 11, 64, 100], **FEATURES),
+        "float32": case([0, 25, 50, 75, 100], dtype=torch.float32, bar=2e-5),
+        "empty and padding": case([0, 40, 40, 80, 128], vocab_size=75),
+        "no tokens": case([0, 25, 50, 75, 100], n=0),
+    },
+}
+
+
+def run_shard(problem, group):
+    """This rank's share of a problem: results, gradients and the collectives it took."""
+    rank = dist.get_rank(group)
+    begin, end = problem["borders"][rank : rank + 2]
+    operands = dict(problem["operands"])
+    for name in ("weight", "bias"):
+        operands[name] = operands[name][begin:end]
+    operands = {name: tensor.clone().requires_grad_() for name, tensor in operands.items()}
+    calls = []
+    with recorded_collectives(calls):
+        logps, entropy = vocab_parallel_linear_logprob(
+            labels=problem["labels"],
+            vocab_start=begin,
+            vocab_size=problem["vocab_size"],
+            tp_group=group,
+            return_entropy=True,
+            **operands,
+            **problem["options"],
+        )
+        calls.append("backward")
+        upstream = problem["grads"].values()
+        loss = sum((x * g.to(x.dtype)).sum() for x, g in zip((logps, entropy), upstream))
+        grads = torch.autograd.grad(loss, list(operands.values()))
+    return logps.detach(), entropy.detach(), dict(zip(operands, grads)), calls
+
+
+class recorded_collectives:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __enter__(self):
+        self.saved = {n: getattr(dist, n) for n in ("all_gather_single", "all_reduce")}
+        for name, function in self.saved.items():
+            setattr(dist, name, self.recording(name, function))
+
+    def __exit__(self, *_):
+        for name, function in self.saved.items():
+            setattr(dist, name, function)
+
+    def recording(self, name, function):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+
+def run_all(problems):
+    return {name: run_shard(problem, dist.group.WORLD) for name, problem in problems.items()}
+
+
+@pytest.fixture(scope="module", params=sorted(CASES), ids=lambda size: f"tp{size}")
+def sharded(request):
+    """(problems, per-rank results) of all cases of one size: one start of the processes."""
+    problems = CASES[request.param]
+    return problems, run_distributed(run_all, request.param, problems)
+
+
+def test_sharded_values_and_gradients_equal_the_whole(sharded):
+    problems, by_rank = sharded
+    for name, problem in problems.items():
+        expected, bar, real = expected_result(problem), problem["bar"], problem["vocab_size"]
+        ranks = [results[name] for results in by_rank]
+        logps, entropy, grads, _ = ranks[0]
+        atol = 1e-5 if logps.dtype == torch.float32 else 1e-11
+        torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=atol, msg=name)
+        torch.testing.assert_close(entropy.double(), expected.entropy, rtol=1e-6, atol=atol)
+        assert error(grads["hidden"], expected.grads["hidden"]) <= 10 * bar, name
+        for key in ("weight", "bias"):
+            whole = torch.cat([rank_grads[key] for _, _, rank_grads, _ in ranks])
+            assert error(whole[:real], expected.grads[key]) <= 10 * bar, (name, key)
+            assert not whole[real:].any(), (name, key)
+
+
+def test_every_rank_has_the_same_bits(sharded):
+    _, by_rank = sharded
+    for results in by_rank[1:]:
+        for name, (logps, entropy, grads, _) in results.items():
+            first = by_rank[0][name]
+            assert torch.equal(logps, first[0]) and torch.equal(entropy, first[1]), name
+            assert torch.equal(grads["hidden"], first[2]["hidden"]), name
+
+
+def test_one_gather_forward_and_one_reduction_backward(sharded):
+    _, by_rank = sharded
+    expected = ["all_gather_single", "backward", "all_reduce"]
+    assert {tuple(result[3]) for results in by_rank for result in results.values()} == {
+        tuple(expected)
+    }
+
+
+def test_confident_labels_keep_their_digits_across_ranks(sharded):
+    problems, by_rank = sharded
+    for name, problem in problems.items():
+        if not name.startswith("confident"):
+            continue
+        expected = expected_result(problem)
+        assert expected.miss.item() == pytest.approx(float(name.split()[1]), rel=1e-3)
+        logps, _, grads, _ = by_rank[1][name]
+        assert error(-torch.expm1(logps.double()), expected.miss) <= 2e-5
+        assert row_error(grads["hidden"], expected.grads["hidden"]) <= 2e-5
+
+
+def two_groups_side_by_side(problems):
+    """tp=2 in ranks (0, 2) and (1, 3), each with a problem of its own, as in a dp=2 layout."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = dist.get_rank() % 2
+    return run_shard(problems[mine], groups[mine])
+
+
+def test_only_the_given_group_takes_part():
+    problems = [case([0, 37, 100], n=40), case([0, 60, 100], n=25)]
+    by_rank = run_distributed(two_groups_side_by_side, 4, problems)
+    for index, problem in enumerate(problems):
+        expected = expected_result(problem)
+        for rank in (index, index + 2):
+            logps, _, grads, _ = by_rank[rank]
+            torch.testing.assert_close(logps, expected.logps, rtol=0, atol=1e-11)
+            assert error(grads["hidden"], expected.grads["hidden"]) <= 1e-11
+
+
+def errors_under_a_group():
+    messages = []
+    weight = torch.zeros(50, D)
+    for labels, vocab_size in ((torch.tensor([100]), 100), (torch.tensor([0]), None)):
+        try:
+            vocab_parallel_linear_logprob(
+                torch.zeros(1, D), weight, labels, vocab_start=50 * dist.get_rank(),
+                vocab_size=vocab_size, tp_group=dist.group.WORLD,
+            )  # fmt: skip
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_bad_arguments_raise_on_every_rank_so_nobody_waits():
+    for label_message, vocab_message in run_distributed(errors_under_a_group, 2):
+        assert "label 100 is outside the vocabulary of 100 ids" in label_message
+        assert "vocab_size is None" in vocab_message

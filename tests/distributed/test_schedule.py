@@ -1,0 +1,144 @@
+"""The contract with Megatron's schedule, random weights in every layout, and the optimizer step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from reinforcer_tp.config import load_config
+from reinforcer_tp.data.loader import build_packed_batch
+from tests.distributed.spawn import run_distributed
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 67,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "architectures": ["LlamaForCausalLM"],
+}
+
+
+def make_pairs() -> list[SimpleNamespace]:
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(0, 67, (count,), generator=generator).tolist()
+
+    return [
+        SimpleNamespace(
+            prompt=ids(3 + i), chosen=ids(2 + 3 * i), rejected=ids(6 - i), weight=w, row=i
+        )
+        for i, w in enumerate([1.0, 0.5, 0.0, 2.0])
+    ]
+
+
+def gradients(layout: tuple[int, int], plans: list[list[list[list[int]]]], precision: str) -> list:
+    """Whole gradients, metric sums and one step's norm for each plan [dp_rank][micro_batch][pair]."""
+    from reinforcer_tp.loop import _SUMS, loss_function
+    from reinforcer_tp.mcore.model import build_model
+    from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
+    from reinforcer_tp.mcore.schedule import Stage, forward_backward, reduce_metrics
+    from reinforcer_tp.mcore.topology import init_topology
+    from reinforcer_tp.mcore.weights import RandomReader, full_tensors, load_weights
+
+    topology = init_topology(*layout, seed=0)
+    config = load_config(
+        None,
+        [
+            "policy.model_name=unused",
+            f"policy.precision={precision}",
+            "policy.megatron_cfg.optimizer.use_distributed_optimizer=false",
+            "policy.max_total_sequence_length=64",
+            "dpo.sft_loss_weight=0.3",
+        ],
+    )
+    hf_config = LlamaConfig(**SHAPE)
+    results = []
+    for plan in plans:
+        model = build_model(hf_config, config.policy, topology)
+        load_weights(model, RandomReader(model.shape, seed=11), topology)
+        training = build_training(model, config.policy, topology, total_steps=10)
+        pairs = make_pairs()
+        batches = [
+            build_packed_batch(
+                [pairs[i] for i in members],
+                reference_logps=[
+                    torch.full((len(pairs[i].chosen) + len(pairs[i].rejected),), -4.0)
+                    for i in members
+                ],
+                row_length=96,
+            )
+            for members in plan[topology.dp_rank]
+        ]
+        stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+        zero_grad(training)
+        reports = forward_backward(stage, batches, loss_function(config))
+        local = {n: sum(float(r[n]) for r in reports) for n in _SUMS}
+        sums = reduce_metrics(local, _SUMS, topology)
+        whole = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
+        grads = {n: g.clone() for n, g in whole.items() if g is not None}
+        updated, norm = optimizer_step(training)
+        assert updated
+        results.append({"grads": grads, "sums": sums, "norm": norm})
+    return results
+
+
+def merged(ranks: list, index: int) -> dict[str, torch.Tensor]:
+    return {n: g for rank in ranks for n, g in rank[index]["grads"].items()}
+
+
+ALL_AT_ONCE = [[[0, 1, 2, 3]]]
+ONE_BY_ONE = [[[0], [1], [], [2], [3]]]
+UNEVEN_RANKS = [[[3, 0], [2]], [[1], []]]  # dp=2: three pairs here, one and an empty one there
+
+
+@pytest.fixture(scope="module")
+def single() -> list:
+    return run_distributed(gradients, 1, (1, 1), [ALL_AT_ONCE, ONE_BY_ONE], "float32")
+
+
+def test_micro_batches_do_not_change_the_gradient(single):
+    """Unequal and empty micro-batches: one division by the pairs of the global batch."""
+    [results] = single
+    assert results[0]["sums"]["num_pairs"] == results[1]["sums"]["num_pairs"] == 3  # weight 0
+    for name, expected in results[0]["grads"].items():
+        torch.testing.assert_close(results[1]["grads"][name], expected, rtol=1e-4, atol=1e-7)
+    assert results[1]["norm"] == pytest.approx(results[0]["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "plan"),
+    [((1, 1), UNEVEN_RANKS), ((2, 1), ONE_BY_ONE), ((1, 2), ONE_BY_ONE)],
+    ids=["dp2", "tp2", "pp2"],
+)
+def test_the_layout_does_not_change_the_gradient(single, layout, plan):
+    """Also holds random weights to be a function of seed and tensor name alone."""
+    ranks = run_distributed(gradients, 2, layout, [plan], "float32")
+    expected = single[0][0]
+    found = merged(ranks, 0)
+    assert found.keys() == expected["grads"].keys()
+    for name, gradient in expected["grads"].items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    for rank in ranks:
+        assert rank[0]["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+        for name, value in expected["sums"].items():
+            assert rank[0]["sums"][name] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+def test_the_norm_is_that_of_the_whole_gradient(single):
+    result = single[0][0]
+    norm = torch.stack([g.double().norm() for g in result["grads"].values()]).norm()
+    assert result["norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_sixteen_bit_gradients_are_near(single, precision):
+    [results] = run_distributed(gradients, 1, (1, 1), [ONE_BY_ONE], precision)
+    expected = single[0][0]
+    assert results[0]["norm"] == pytest.approx(expected["norm"], rel=0.03)
+    assert results[0]["sums"]["loss"] == pytest.approx(expected["sums"]["loss"], rel=0.02)

@@ -1,0 +1,260 @@
+"""Bad input: one clear line of error within seconds on every rank, and nothing half-written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.integration.harness import RunResult, run_train
+from tests.integration.oracle import OracleConfig
+from tests.integration.overrides import trainer_overrides
+from tests.integration.random_model import make_rows, write_jsonl
+
+SECONDS = 60.0  # imports alone take up to 15 on a loaded machine with two cores
+MEGATRON = "policy.megatron_cfg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """One mistake: extra overrides, or a function that writes bad files and returns overrides."""
+
+    overrides: tuple[str, ...] = ()
+    files: Callable[[Path, Path], list[str]] | None = None  # (scratch folder, good model)
+    says: tuple[str, ...]  # all of it in one line of stderr
+    nproc: int | None = None  # None = without torchrun
+
+
+def edited_model(folder: Path, model: Path, *, tensors=None, config=None, tokenizer=None):
+    """A copy of the model folder with its parts changed by functions from dict to dict."""
+    shutil.copytree(model, folder / "model")
+    path = folder / "model" / "model.safetensors"
+    if tensors is not None:
+        save_file(tensors(load_file(path)), path, metadata={"format": "pt"})
+    for name, edit in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        if edit is not None:
+            path = folder / "model" / name
+            path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    return [f"policy.model_name={folder / 'model'}"]
+
+
+def without(*keys: str) -> Callable[[dict], dict]:
+    def edit(source: dict) -> dict:
+        missing = set(keys) - set(source)
+        assert not missing, f"nothing to take away: {missing}"
+        return {key: value for key, value in source.items() if key not in keys}
+
+    return edit
+
+
+def missing_tensor(folder: Path, model: Path) -> list[str]:
+    return edited_model(folder, model, tensors=without("model.layers.4.mlp.up_proj.weight"))
+
+
+def misshapen_tensor(folder: Path, model: Path) -> list[str]:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    return edited_model(folder, model, tensors=lambda t: t | {name: t[name][:-1].clone()})
+
+
+def no_weights(folder: Path, model: Path) -> list[str]:
+    overrides = edited_model(folder, model)
+    (folder / "model" / "model.safetensors").unlink()
+    return overrides
+
+
+def unknown_architecture(folder: Path, model: Path) -> list[str]:
+    change = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    return edited_model(folder, model, config=lambda c: c | change)
+
+
+def no_eos(folder: Path, model: Path) -> list[str]:
+    return edited_model(folder, model, tokenizer=without("eos_token"))
+
+
+def data(*rows: dict, path_key: str = "train_data_path", tail: str = "", name: str = "bad.jsonl"):
+    """Eight good rows, then the bad ones."""
+
+    def write(folder: Path, model: Path) -> list[str]:
+        path = write_jsonl(folder / name, [*make_rows(8), *rows])
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(tail)
+        return [f"data.{path_key}={path}"]
+
+    return write
+
+
+def chat_rows(folder: Path, model: Path) -> list[str]:
+    def say(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": say("user", row["prompt"]),
+            "chosen": say("assistant", row["chosen"]),
+            "rejected": say("assistant", row["rejected"]),
+        }
+        for row in make_rows(9)
+    ]
+    return [f"data.train_data_path={write_jsonl(folder / 'chat.jsonl', rows)}"]
+
+
+def class_without_formatted_ds(folder: Path, model: Path) -> list[str]:
+    (folder / "custom_without.py").write_text(
+        "class Custom:\n"
+        "    def __init__(self, train_data_path, val_data_path, prompt_key, chosen_key,\n"
+        "                 rejected_key):\n"
+        "        self.task_spec = None\n"
+    )
+    return ["data.dataset_name=custom_without.Custom"]
+
+
+def duplicate_yaml_key(folder: Path, model: Path) -> list[str]:
+    path = folder / "twice.yaml"
+    path.write_text("dpo:\n  seed: 1\n  seed: 2\n")
+    return [f"--config={path}"]
+
+
+def two(**kwargs) -> Bad:
+    return Bad(nproc=2, **kwargs)
+
+
+CASES = {
+    "mistyped-key": Bad(
+        overrides=("dpo.reference_policy_kl_penatly=0.1",),
+        says=("dpo.reference_policy_kl_penatly", "dpo.reference_policy_kl_penalty"),
+    ),
+    "wrong-type": Bad(
+        overrides=("policy.train_global_batch_size=many",),
+        says=("policy.train_global_batch_size", "many"),
+    ),
+    "wrong-choice": Bad(
+        overrides=("policy.precision=float8",), says=("policy.precision", "float8", "bfloat16")
+    ),
+    "duplicate-yaml-key": Bad(files=duplicate_yaml_key, says=("twice.yaml", "seed")),
+    "no-such-config": Bad(overrides=("--config=/nowhere/x.yaml",), says=("/nowhere/x.yaml",)),
+    "not-key-value": Bad(overrides=("dpo.seed",), says=("dpo.seed",)),
+    "world-smaller-than-tp": Bad(
+        overrides=(f"{MEGATRON}.tensor_model_parallel_size=2",),
+        says=("tensor_model_parallel_size=2", "torchrun"),
+    ),
+    "cluster-is-not-what-was-started": Bad(
+        overrides=("cluster.gpus_per_node=8",), says=("cluster.gpus_per_node=8", "1")
+    ),
+    "context-parallel": Bad(
+        overrides=(f"{MEGATRON}.context_parallel_size=2",),
+        says=(f"{MEGATRON}.context_parallel_size", "not built yet"),
+    ),
+    "expert-parallel": Bad(
+        overrides=(f"{MEGATRON}.expert_model_parallel_size=2",),
+        says=(f"{MEGATRON}.expert_model_parallel_size", "not built yet"),
+    ),
+    "lora": Bad(
+        overrides=(f"{MEGATRON}.peft.enabled=true",), says=("peft.enabled", "not built yet")
+    ),
+    "fp8": Bad(
+        overrides=(f"{MEGATRON}.fp8_cfg.enabled=true",), says=("fp8_cfg.enabled", "not built yet")
+    ),
+    "missing-data-file": Bad(
+        overrides=("data.train_data_path=/nowhere/pairs.jsonl",),
+        says=("/nowhere/pairs.jsonl", "data.train_data_path"),
+    ),
+    "missing-validation-file": Bad(
+        overrides=("data.val_data_path=/nowhere/held_out.jsonl", "dpo.val_period=1"),
+        says=("/nowhere/held_out.jsonl", "data.val_data_path"),
+    ),
+    "broken-json": Bad(files=data(tail='{"prompt": "a", "chosen"\n'), says=("bad.jsonl", "9")),
+    "missing-key": Bad(files=data({"prompt": "a", "chosen": "b"}), says=("bad.jsonl", "rejected")),
+    "content-is-no-string": Bad(
+        files=data({"prompt": "a", "chosen": 7, "rejected": "b"}), says=("chosen", "7")
+    ),
+    "smaller-than-a-batch": Bad(
+        overrides=("policy.train_global_batch_size=100",),
+        says=("policy.train_global_batch_size", "100", "12"),
+    ),
+    "chat-rows-without-template": Bad(files=chat_rows, says=("policy.tokenizer.chat_template",)),
+    "no-eos": Bad(files=no_eos, says=("EOS",)),
+    "no-such-class": Bad(
+        overrides=("data.dataset_name=nowhere.to.be.Found",), says=("nowhere.to.be.Found",)
+    ),
+    "class-without-formatted-ds": Bad(
+        files=class_without_formatted_ds, says=("custom_without.Custom", "formatted_ds")
+    ),
+    "no-such-model": Bad(
+        overrides=("policy.model_name=/nowhere/model",),
+        says=("/nowhere/model", "policy.model_name"),
+    ),
+    "missing-tensor": Bad(files=missing_tensor, says=("model.layers.4.mlp.up_proj.weight",)),
+    "misshapen-tensor": Bad(
+        files=misshapen_tensor, says=("model.layers.1.self_attn.k_proj.weight", "15", "16")
+    ),
+    "no-weights": Bad(files=no_weights, says=("model", "safetensors")),
+    "unknown-architecture": Bad(files=unknown_architecture, says=("mamba", "llama")),
+    "kernel-not-built": Bad(
+        overrides=("policy.kernel_impl=triton",), says=("policy.kernel_impl", "not built yet")
+    ),
+    "two-world-does-not-fit": two(
+        overrides=(f"{MEGATRON}.tensor_model_parallel_size=3",),
+        says=("tensor_model_parallel_size=3", "2"),
+    ),
+    "two-tp-does-not-divide-kv-groups": two(
+        files=lambda folder, model: edited_model(
+            folder, model, config=lambda c: c | {"num_key_value_heads": 3}
+        ),
+        overrides=(f"{MEGATRON}.tensor_model_parallel_size=2",),
+        says=("tensor_model_parallel_size=2", "3"),
+    ),
+    "two-layers-do-not-divide": two(
+        overrides=(f"{MEGATRON}.pipeline_model_parallel_size=2",),
+        says=("pipeline_model_parallel_size", "5", "num_layers_in_first_pipeline_stage"),
+    ),
+    "two-broken-json": two(files=data(tail="nonsense\n"), says=("bad.jsonl", "9")),
+    "two-missing-tensor-of-one-stage": two(
+        files=missing_tensor,
+        overrides=(
+            f"{MEGATRON}.pipeline_model_parallel_size=2",
+            f"{MEGATRON}.num_layers_in_first_pipeline_stage=3",
+        ),
+        says=("model.layers.4.mlp.up_proj.weight",),
+    ),
+    "two-misshapen-tensor": two(
+        files=misshapen_tensor,
+        overrides=(f"{MEGATRON}.tensor_model_parallel_size=2",),
+        says=("model.layers.1.self_attn.k_proj.weight", "15", "16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_bad_input_is_refused(case, random_llama, tmp_path):
+    good = OracleConfig(
+        model=random_llama,
+        data=write_jsonl(tmp_path / "good.jsonl", make_rows(12)),
+        batch_size=4,
+        num_steps=2,
+    )
+    overrides = [*trainer_overrides(good), *case.overrides]
+    if case.files is not None:
+        overrides += case.files(tmp_path, Path(random_llama))
+    result = run_train(
+        [text for text in overrides if not text.startswith("--")],
+        flags=[text for text in overrides if text.startswith("--")],
+        log_dir=tmp_path / "run",
+        nproc=case.nproc,
+        timeout_s=SECONDS,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert_refused(result, case)
+
+
+def assert_refused(result: RunResult, case: Bad) -> None:
+    assert result.returncode not in (0, None), result.describe()
+    lines = [line for line in result.stderr.splitlines() if all(part in line for part in case.says)]
+    assert lines, f"no line of stderr has all of {case.says}\n{result.describe()}"
+    if case.nproc is None:  # under torchrun the launcher adds its own report
+        assert len(lines) == 1, result.describe()
+        assert "Traceback" not in result.stderr, result.describe()
+    left = sorted(path for path in result.log_dir.rglob("*") if path.is_file())
+    assert not left, f"half-written output: {left}\n{result.describe()}"

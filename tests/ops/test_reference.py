@@ -1,0 +1,312 @@
+"""Values and gradients of the torch operator against the float64 form with all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import kernels.reference
+from kernels import vocab_parallel_linear_logprob
+from tests.ops.dense import dense_result, error, row_error
+
+# (N, D, V): vocabulary sizes of real models, odd sizes, no tokens, one column.
+SHAPES = [
+    (129, 72, 16032),
+    (1, 896, 18992),
+    (33, 576, 32064),
+    (7, 100, 50257),
+    (127, 24, 255),
+    (5, 4096, 129),
+    (4, 16, 1),
+    (0, 64, 255),
+]
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"logit_softcap": 3.0},
+    {"temperature": 1.3, "logit_softcap": 2.0},
+]
+# Bars: forward (absolute), gradients (relative to the largest). float32 is its own rounding over
+# sums of D and V terms; in bfloat16 and float16 the gradients are rounded once on return, and
+# bfloat16 GEMMs of the backward take dz in bfloat16.
+BARS = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (1e-5, 8e-3),
+    torch.float16: (1e-5, 1e-3),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """64 columns at a time, so that small vocabularies take many chunks too."""
+    monkeypatch.setattr(kernels.reference, "SCRATCH_BYTES", 0)
+
+
+def make(n, d, v, dtype=torch.float32, bias=False, seed=0, scale=1.0):
+    """Operands with peaked logits (uniform ones hide errors) and gradients of mixed sign."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    operands = {
+        "hidden": (randn(n, d) * scale * 2 / d**0.5).to(dtype).requires_grad_(),
+        "weight": randn(v, d).to(dtype).requires_grad_(),
+    }
+    if bias:
+        operands["bias"] = randn(v).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (n,), generator=generator)
+    return operands, labels, randn(n), randn(n)
+
+
+def run(operands, labels, grad_logps, grad_entropy=None, **options):
+    """(logps, entropy or None, gradients by name) of the operator."""
+    options["return_entropy"] = grad_entropy is not None
+    out = vocab_parallel_linear_logprob(labels=labels, **operands, **options)
+    logps, entropy = out if grad_entropy is not None else (out, None)
+    loss = (logps * grad_logps.to(logps.dtype)).sum()
+    if grad_entropy is not None:
+        loss = loss + (entropy * grad_entropy.to(logps.dtype)).sum()
+    grads = torch.autograd.grad(loss, list(operands.values()))
+    return logps.detach(), entropy, dict(zip(operands, grads, strict=True))
+
+
+def check(operands, labels, grad_logps, grad_entropy=None, **options):
+    dtype = operands["hidden"].dtype
+    expected = dense_result(
+        labels=labels, grad_logps=grad_logps, grad_entropy=grad_entropy, **operands, **options
+    )
+    logps, entropy, grads = run(operands, labels, grad_logps, grad_entropy, **options)
+    forward_bar, grad_bar = BARS[dtype]
+    assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=forward_bar)
+    if entropy is not None:
+        torch.testing.assert_close(
+            entropy.detach().double(), expected.entropy, rtol=1e-6, atol=forward_bar
+        )
+    for name, grad in grads.items():
+        assert grad.dtype == operands[name].dtype
+        assert error(grad, expected.grads[name]) <= grad_bar, name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_matches_the_float64_form(shape):
+    operands, labels, grad, _ = make(*shape)
+    if shape[2] == 1:  # nothing to choose from: both sides are exactly zero
+        logps, _, grads = run(operands, labels, grad)
+        assert not logps.any() and not any(g.any() for g in grads.values())
+    else:
+        check(operands, labels, grad)
+
+
+@pytest.mark.parametrize("dtype", list(BARS), ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_every_option_in_every_precision_over_many_chunks(dtype, options, with_entropy):
+    operands, labels, grad, grad_entropy = make(37, 40, 300, dtype, bias=True)
+    check(operands, labels, grad, grad_entropy if with_entropy else None, **options)
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mixed_operand_types_compute_in_the_wider_one(hidden_dtype):
+    operands, labels, grad, _ = make(20, 32, 200)
+    operands["hidden"] = operands["hidden"].detach().to(hidden_dtype).requires_grad_()
+    expected = dense_result(labels=labels, grad_logps=grad, **operands)
+    logps, _, grads = run(operands, labels, grad)
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=1e-5)
+    assert error(grads["weight"], expected.grads["weight"]) <= 2e-5
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_labels_on_the_borders_of_chunks_and_int32_labels():
+    operands, _, _, _ = make(10, 16, 200)
+    labels = torch.tensor([0, 63, 64, 127, 128, 191, 192, 199, 0, 199], dtype=torch.int32)
+    check(operands, labels, torch.randn(10))
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30, 0.0])
+@pytest.mark.usefixtures("small_chunks")
+def test_padding_rows_take_no_part_whatever_they_hold(garbage):
+    operands, labels, grad, grad_entropy = make(20, 16, 150, bias=True)
+    expected = run(operands, labels, grad, grad_entropy)
+    padded = {
+        "hidden": operands["hidden"],
+        "weight": torch.cat([operands["weight"].detach(), torch.full((42, 16), garbage)]),
+        "bias": torch.cat([operands["bias"].detach(), torch.full((42,), garbage)]),
+    }
+    for name in ("weight", "bias"):
+        padded[name].requires_grad_()
+    logps, entropy, grads = run(padded, labels, grad, grad_entropy, vocab_size=150)
+    assert torch.equal(logps, expected[0]) and torch.equal(entropy, expected[1])
+    assert torch.equal(grads["hidden"], expected[2]["hidden"])
+    for name in ("weight", "bias"):
+        assert torch.equal(grads[name][:150], expected[2][name])
+        assert not grads[name][150:].any()
+
+
+@pytest.mark.parametrize("shift", [-500.0, -100.0, 100.0, 500.0])
+@pytest.mark.usefixtures("small_chunks")
+def test_all_logits_far_from_zero(shift):
+    """exp of every raw logit over- or underflows; only the rounding of the logits may remain."""
+    operands, labels, grad, grad_entropy = make(20, 16, 300, bias=True)
+    with torch.no_grad():
+        operands["bias"] += shift
+    expected = dense_result(labels=labels, grad_logps=grad, grad_entropy=grad_entropy, **operands)
+    logps, entropy, grads = run(operands, labels, grad, grad_entropy)
+    rounding = 4 * abs(shift) * 2**-23
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=0, atol=rounding)
+    torch.testing.assert_close(entropy.detach().double(), expected.entropy, rtol=0, atol=2e-3)
+    for name, value in grads.items():
+        assert error(value, expected.grads[name]) <= 2 * rounding, name
+
+
+def test_logits_beyond_the_range_of_float16():
+    operands, labels, grad, _ = make(16, 16, 300, torch.float16)
+    with torch.no_grad():
+        operands["hidden"] *= 200
+        operands["weight"] *= 200
+    expected = dense_result(labels=labels, grad_logps=grad, **operands)
+    assert expected.logps.abs().max() > 65504
+    logps, _, grads = run(operands, labels, grad)
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=0.1)
+    assert all(torch.isfinite(value).all() for value in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("small_chunks")
+def test_confident_tokens_keep_their_gradient(dtype):
+    """1 - p from 1e-12 to 0.4: each row's dhidden is right to the rounding of its logits.
+
+    From a rounded logp this fails: 1 - exp(logp) is 0 in float32 below 6e-8.
+    """
+    bar = 1e-11 if dtype == torch.float64 else 2e-5
+    for row, wanted in enumerate(torch.logspace(-12, -0.4, 60, dtype=torch.float64)):
+        operands, label, grad, _ = make(1, 16, 300, dtype, bias=True, seed=row)
+        odds = dense_result(labels=label, **operands).miss.logit()
+        with torch.no_grad():
+            operands["bias"][label] += (odds - wanted.logit()).to(dtype)
+        expected = dense_result(labels=label, grad_logps=grad, **operands)
+        torch.testing.assert_close(expected.miss[0], wanted, rtol=1e-4, atol=0)
+        logps, _, grads = run(operands, label, grad)
+        assert error(-torch.expm1(logps.double()), expected.miss) <= bar
+        assert row_error(grads["hidden"], expected.grads["hidden"]) <= bar
+        assert error(grads["bias"], expected.grads["bias"]) <= bar
+
+
+@pytest.mark.parametrize("gap", [-100.0, 100.0])
+@pytest.mark.parametrize("label", [3, 150, 299])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_labels_chunk_far_above_or_below_the_others(gap, label):
+    operands, _, grad, _ = make(8, 16, 300, bias=True)
+    begin = label // 64 * 64
+    with torch.no_grad():
+        operands["bias"][begin : begin + 64] += gap
+    labels = torch.full((8,), label)
+    expected = dense_result(labels=labels, grad_logps=grad, **operands)
+    logps, _, grads = run(operands, labels, grad)
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=5e-5)
+    for name, value in grads.items():
+        assert error(value, expected.grads[name]) <= 1e-4, name
+
+
+def test_uniform_logits_give_log_v():
+    logps, entropy = vocab_parallel_linear_logprob(
+        torch.zeros(3, 8), torch.randn(1000, 8), torch.tensor([0, 500, 999]), return_entropy=True
+    )
+    expected = torch.full((3,), 1000.0).log()
+    torch.testing.assert_close(logps, -expected)
+    torch.testing.assert_close(entropy, expected)
+
+
+def test_entropy_of_a_confident_token_is_exact():
+    """Two columns, gap x: H = log(1 + e^-x) + x e^-x / (1 + e^-x), tiny for a large gap."""
+    gaps = torch.tensor([5.0, 20.0, 40.0, 80.0])
+    _, entropy = vocab_parallel_linear_logprob(
+        gaps[:, None], torch.tensor([[1.0], [0.0]]), torch.zeros(4, dtype=torch.int64),
+        return_entropy=True,
+    )  # fmt: skip
+    x = gaps.double()
+    expected = torch.log1p(torch.exp(-x)) + x * torch.sigmoid(-x)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["zero", "stride 0", "non-contiguous"])
+def test_upstream_gradients_of_every_layout(kind):
+    operands, labels, grad, _ = make(20, 16, 100)
+    if kind == "zero":
+        _, _, grads = run(operands, labels, torch.zeros(20))
+        assert not any(value.any() for value in grads.values())
+        return
+    base = torch.tensor(0.3) if kind == "stride 0" else torch.randn(40)
+    grad = base.expand(20) if kind == "stride 0" else base[::2]
+    expected = dense_result(labels=labels, grad_logps=grad, **operands).grads
+    logps = vocab_parallel_linear_logprob(labels=labels, **operands)
+    logps.backward(grad)
+    for name, operand in operands.items():
+        assert error(operand.grad, expected[name]) <= 2e-5
+
+
+def test_transposed_and_strided_operands():
+    operands, labels, grad, _ = make(20, 16, 100)
+    strided = {
+        "hidden": operands["hidden"].detach().T.contiguous().T.requires_grad_(),
+        "weight": torch.stack([operands["weight"].detach()] * 2, 2)[..., 0].requires_grad_(),
+    }
+    check(strided, labels, grad)
+
+
+def test_two_forwards_before_one_backward_and_a_weight_used_twice():
+    first, labels_1, grad_1, _ = make(20, 16, 100, seed=1)
+    second, labels_2, grad_2, _ = make(9, 16, 100, seed=2)
+    weight = first["weight"]
+    logps_1 = vocab_parallel_linear_logprob(first["hidden"], weight, labels_1)
+    logps_2 = vocab_parallel_linear_logprob(second["hidden"], weight, labels_2)
+    ((logps_1 * grad_1).sum() + (logps_2 * grad_2).sum()).backward()
+    expected_1 = dense_result(labels=labels_1, grad_logps=grad_1, **first).grads
+    expected_2 = dense_result(second["hidden"], weight, labels_2, grad_logps=grad_2).grads
+    assert error(weight.grad, expected_1["weight"] + expected_2["weight"]) <= 2e-5
+    assert error(first["hidden"].grad, expected_1["hidden"]) <= 2e-5
+    assert error(second["hidden"].grad, expected_2["hidden"]) <= 2e-5
+
+
+def test_inside_activation_recompute():
+    operands, labels, grad, _ = make(20, 16, 100)
+    logps = checkpoint(
+        vocab_parallel_linear_logprob, *operands.values(), labels, use_reentrant=False
+    )
+    logps.backward(grad.float())
+    expected = dense_result(labels=labels, grad_logps=grad, **operands).grads
+    for name, operand in operands.items():
+        assert error(operand.grad, expected[name]) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_inputs_give_bitwise_equal_results(dtype):
+    """The first step's loss is exactly ln 2 because of this: policy and reference agree in
+    every bit, with and without gradient."""
+    operands, labels, grad, _ = make(64, 48, 3000, dtype)
+    logps, _, grads = run(operands, labels, grad)
+    again, _, grads_again = run(operands, labels, grad)
+    with torch.no_grad():
+        reference = vocab_parallel_linear_logprob(labels=labels, **operands)
+    assert torch.equal(logps, again) and torch.equal(logps, reference)
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+
+def test_a_token_does_not_depend_on_its_neighbours():
+    operands, labels, _, _ = make(700, 48, 30000)
+    alone = vocab_parallel_linear_logprob(operands["hidden"][:3], operands["weight"], labels[:3])
+    among = vocab_parallel_linear_logprob(labels=labels, **operands)[:3]
+    torch.testing.assert_close(alone, among, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_cuda(dtype):
+    operands, labels, grad, _ = make(129, 72, 16032, dtype)
+    operands = {k: v.detach().cuda().requires_grad_() for k, v in operands.items()}
+    check(operands, labels.cuda(), grad.cuda())
