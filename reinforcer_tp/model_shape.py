@@ -92,7 +92,9 @@ def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
             url, headers=headers, timeout=timeout_s, follow_redirects=True
         )
         if reply.status_code == 200:
-            return reply.json(), url
+            shape = reply.json()
+            is_object = isinstance(shape, dict)
+            return (shape, url) if is_object else (None, f"{url} holds no JSON object")
         advice = ": log in with `hf auth login`" if reply.status_code in (401, 403) else ""
         return None, f"the hub answered {reply.status_code}{advice}"
     except Exception as error:  # the edge to the network: any failure means "no answer from it"

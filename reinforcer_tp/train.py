@@ -35,6 +35,7 @@ from reinforcer_tp.config import (
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _EXIT_DATA, _EXIT_SOFTWARE, _EXIT_CONFIG = 65, 70, 78
+_SPEAKER_HEAD_START_S = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -60,9 +61,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def fail(error: Exception, status: int) -> int:
-    """One line on stderr. Every rank finds the same error by itself; one of each node says it."""
-    if _is_speaker():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """One line on stderr. Every rank finds the same error by itself; one of each node says it.
+
+    The others wait: when the first process ends, torchrun ends the rest, and the line must be out.
+    """
+    if not _is_speaker():
+        time.sleep(_SPEAKER_HEAD_START_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -144,8 +149,17 @@ def open_inputs(config: Config) -> Inputs:
 
     check_loggers(config.logger)
     checkpoint, start_step = resume_point(config)
-    policy, reference_name = config.policy, config.reference.model_name
-    embedded = ensure_embedded() if "embedded" in (policy.model_name, reference_name) else None
+    policy, data_section, reference_name = config.policy, config.data, config.reference.model_name
+    embedded = None
+    if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
+        embedded = ensure_embedded()
+    if data_section.dataset_name == "embedded":
+        data_section = dataclasses.replace(
+            data_section,
+            dataset_name="auto",
+            train_data_path=embedded.train,
+            val_data_path=embedded.validation,
+        )
     files = open_model(config, policy.model_name, embedded)
     reference_files = None
     if reference_name not in (None, policy.model_name):
@@ -155,7 +169,7 @@ def open_inputs(config: Config) -> Inputs:
     )
     check_tokenizer(tokenizer, files, reference_files)
     data = prepare_data(
-        config.data,
+        data_section,
         tokenizer=tokenizer,
         max_total_sequence_length=policy.max_total_sequence_length,
         chat_template_kwargs=policy.tokenizer.chat_template_kwargs,

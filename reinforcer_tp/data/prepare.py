@@ -49,7 +49,8 @@ def prepare_data(
 ) -> PreparedData:
     """Both sets of `config`, prepared by the local leader, or waited for up to `timeout_s` seconds.
 
-    `cache_dir` None is `data` in $REINFORCER_TP_CACHE, or in the user's cache; `run_token` None is what the ranks of this node share.
+    `cache_dir` None is `data` in $REINFORCER_TP_CACHE, or in the user's cache; `run_token` None is
+    what the ranks of this node share.
     Every rank of a node must call alike. ValueError for every mistake of configuration, file or
     row, in one line, the same on all ranks of the node.
     """

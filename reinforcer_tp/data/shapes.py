@@ -144,7 +144,9 @@ def _find_reader(row: dict) -> Callable[[dict], PreferencePair]:
     for keys, reader in READERS.items():
         if row.keys() >= set(keys):
             return reader
-    nearest = max(READERS, key=lambda keys: len(row.keys() & set(keys)))
+    nearest = max(READERS, key=lambda keys: len(row.keys() & set(keys)) / len(keys))
+    if not row.keys() & set(nearest):
+        nearest = ("prompt", "chosen", "rejected")
     missing = [key for key in nearest if key not in row]
     expected = " and ".join(missing) + (" too" if len(missing) < len(nearest) else "")
     raise BadRow(

@@ -207,6 +207,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hung up
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{self.server.server_port}"
         template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -250,6 +251,7 @@ def test_the_hub_is_asked_before_the_shape_file(hub, models_dir):
         (401, b"", 0.0, "hf auth login"),
         (404, b"", 0.0, "404"),
         (200, b"<html>", 0.0, "did not answer"),
+        (200, b"[]", 0.0, "no JSON object"),
         (200, b"{}", 3.0, "did not answer"),
     ],
 )
