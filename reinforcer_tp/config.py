@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from reinforcer_tp import config_check, config_load
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
@@ -101,7 +102,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedDataParallelConfig:
-    grad_reduce_in_fp32: bool = False  # sum gradients over data parallelism in float32
+    grad_reduce_in_fp32: bool = True  # accumulate and reduce gradients in float32
     overlap_grad_reduce: bool = True  # reduce gradients during backward
     overlap_param_gather: bool = True  # gather weights during forward (distributed optimizer)
 
@@ -254,6 +255,13 @@ class MlflowConfig:
     run_name: str | None = None  # run; null = MLflow chooses
     tracking_uri: str | None = None  # server or folder; null = MLFLOW_TRACKING_URI
 
+    def __post_init__(self):
+        require(
+            urlsplit(self.tracking_uri or "").password is None,
+            "logger.mlflow.tracking_uri holds a password, which config.yaml would keep; give it as "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectConfig:
@@ -265,10 +273,10 @@ class ProjectConfig:
 class LoggerConfig:
     log_dir: str = "logs/dpo"  # the run's folder: metrics.jsonl, config.yaml, ...
     tensorboard_enabled: bool = True  # <log_dir>/tensorboard
-    wandb_enabled: bool = False
-    mlflow_enabled: bool = False
-    swanlab_enabled: bool = False
-    trackio_enabled: bool = False
+    wandb_enabled: bool = False  # Weights & Biases; needs its extra
+    mlflow_enabled: bool = False  # MLflow; needs its extra
+    swanlab_enabled: bool = False  # SwanLab; needs its extra
+    trackio_enabled: bool = False  # trackio; needs its extra
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     swanlab: ProjectConfig = field(default_factory=ProjectConfig)

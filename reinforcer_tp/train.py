@@ -140,6 +140,7 @@ def prepare_and_train(config: Config) -> int:
 
 def open_inputs(config: Config) -> Inputs:
     """Raises ConfigError or ValueError, one line, alike on every rank."""
+    from reinforcer_tp.data.micro_batches import check_pairs_fit
     from reinforcer_tp.data.prepare import prepare_data
     from reinforcer_tp.data.tokenizer import load_tokenizer
     from reinforcer_tp.embedded import ensure_embedded
@@ -175,6 +176,8 @@ def open_inputs(config: Config) -> Inputs:
         chat_template_kwargs=policy.tokenizer.chat_template_kwargs,
         is_local_leader=_is_speaker(),
     )
+    for pairs in filter(None, (data.train, data.validation)):
+        check_pairs_fit(pairs, policy.micro_batch_tokens)
     total_steps = num_steps(config, len(data.train))
     return Inputs(files, reference_files, tokenizer, data, total_steps, checkpoint, start_step)
 

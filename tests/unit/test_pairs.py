@@ -1,4 +1,4 @@
-"""Rows of every shape -> pairs, by hand-computed cases; mistakes are named, ties and twins flagged."""
+"""Rows of every shape -> pairs, by hand-computed cases; mistakes are named, ties are flagged."""
 
 import json
 import math
@@ -210,8 +210,8 @@ UNUSABLE = {
     "later questions differ": (
         {"chosen": [*DIALOGUE[:3], user("x"), *BLUE], "rejected": [*DIALOGUE, *BLUE]},
         "different_prompts"),
-    "hh-rlhf: questions differ": ({"chosen": HH.format("a", " b"), "rejected": HH.format("c", " b")},
-                                  "different_prompts"),
+    "hh-rlhf: questions differ": (
+        {"chosen": HH.format("a", " b"), "rejected": HH.format("c", " b")}, "different_prompts"),
     "hh-rlhf: later questions differ": (
         {"chosen": HH.format("a", " b") + HH.format("c", " d"),
          "rejected": HH.format("a", " b") + HH.format("e", " d")},
