@@ -61,7 +61,11 @@ def _folder(name: str, *, with_weights: bool) -> Path:
             "expected a folder with a config.json, a hub id (owner/name), or embedded"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = [*_SMALL_FILES, *(["*.safetensors"] if with_weights else [])]
     try:
@@ -69,7 +73,7 @@ def _folder(name: str, *, with_weights: bool) -> Path:
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"policy.model_name={name}: not a local folder, and the hub did not give it ({reason}); "
+            f"policy.model_name={name}: no local folder, and the hub did not give it ({reason}); "
             "check the name, the network and `hf auth login`, or give a local folder"
         ) from error
 

@@ -272,7 +272,7 @@ def _blame(
     batches: Sequence[PackedBatch],
     stage: Stage,
 ) -> str:
-    """Names rank, micro-batch and rows of every micro-batch whose loss is not finite. Collective."""
+    """Rank, micro-batch and rows wherever the loss is not finite. Collective."""
     local = [
         f"rank {stage.topology.rank}, micro-batch {i}, source rows {list(batch.rows)}"
         for i, (report, batch) in enumerate(zip(reports, batches, strict=False))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# As a script this file's folder is first on sys.path, where `data` or `metrics` would shadow others.
+# As a script this file's folder is first on sys.path, where `data` would shadow others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
@@ -328,10 +328,8 @@ def continue_command(config: Config, inputs: Inputs) -> str:
         extend.append(f"dpo.max_num_epochs={epochs}")
     recorded = Path(config.logger.log_dir) / "config.yaml"
     script = os.path.relpath(__file__)
-    return shlex.join(
-        ["torchrun", "--nproc-per-node", str(_world_size()), script]
-        + ["--config", str(recorded), *extend]
-    )
+    launch = ["torchrun", "--nproc-per-node", str(_world_size()), script]
+    return shlex.join([*launch, "--config", str(recorded), *extend])
 
 
 def quiet_libraries() -> None:

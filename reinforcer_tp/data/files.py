@@ -34,7 +34,11 @@ def load_files(paths: list[Path]) -> datasets.Dataset:
         names = ", ".join(path.name for path in paths[:3])
         raise ValueError(f"cannot read {names} as one set; expected {EXPECTED}, not mixed")
     features = _parquet_features(paths) if formats == {"parquet"} else _json_features(paths)
-    kwargs = {"paths": tuple(map(str, paths)), "digest": f"{VERSION}-{_digest(paths)}"}
+    kwargs = {
+        "paths": tuple(map(str, paths)),
+        "json_columns": tuple(key for key, value in features.items() if value == datasets.Json()),
+        "digest": f"{VERSION}-{_digest(paths)}",
+    }
     with progress_bars(shown=sum(path.stat().st_size for path in paths) > BIG):
         try:
             return datasets.Dataset.from_generator(_iterate, features=features, gen_kwargs=kwargs)
@@ -56,7 +60,7 @@ def progress_bars(*, shown: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _iterate(paths: tuple[str, ...], digest: str) -> Iterator[dict]:
+def _iterate(paths: tuple[str, ...], json_columns: tuple[str, ...], digest: str) -> Iterator[dict]:
     """Rows of all files; `digest` is there for the cache of `from_generator`."""
     for path in map(Path, paths):
         if file_format(path) == "parquet":
@@ -64,7 +68,9 @@ def _iterate(paths: tuple[str, ...], digest: str) -> Iterator[dict]:
                 yield from batch.to_pylist()
         else:
             for _, row in _json_rows(path):
-                yield row
+                # As JSON text: left to itself, datasets.Json takes the text "4" for the number.
+                encoded = {key: json.dumps(row[key]) for key in json_columns if key in row}
+                yield row | encoded
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -82,10 +88,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _parse(line: bytes, path: Path, number: int | None) -> Any:
-    """One JSON value, strictly: UTF-8, no NaN, no key twice, no half of a surrogate pair."""
+    """One JSON value, strictly: UTF-8, no NaN, no key twice, no half of a character."""
     try:
         value = json.loads(
-            line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant
+            line.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_constant=_constant,
         )
         if b"\\ud" in line.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -108,6 +117,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     return result
 
 
+def _integer(digits: str) -> int:
+    value = int(digits)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"the number {digits} has more than 64 bits")
+    return value
+
+
 def _constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
@@ -124,14 +140,10 @@ def _json_features(paths: list[Path]) -> datasets.Features:
     for path in paths:
         for _, row in _json_rows(path):
             for key, value in row.items():
-                kinds.setdefault(key, set()).add(_kind(value))
+                kinds.setdefault(key, set()).add(type(value))
+    if not kinds:
+        raise ValueError(f"{paths[0]} has no rows; expected at least one object with named values")
     return datasets.Features({key: _feature(found) for key, found in kinds.items()})
-
-
-def _kind(value: object) -> type:
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return object
-    return type(value)
 
 
 def _feature(kinds: set[type]) -> Any:

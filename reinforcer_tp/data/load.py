@@ -112,7 +112,7 @@ def _arguments(dataset_class: type, name: str, config: dict[str, Any]) -> dict[s
         if config.get(parameter.name) is not None:
             arguments[parameter.name] = config[parameter.name]
         elif not has_default and parameter.kind is not parameter.VAR_POSITIONAL:
-            if parameter.name not in config:
+            if parameter.name not in (*config, *LOADING_KEYS):
                 raise ValueError(
                     f"data.dataset_name={name} needs {parameter.name!r}, which is no key of data; "
                     "give it a default"

@@ -68,14 +68,14 @@ def micro_batches(
 
 
 def check_pairs_fit(pairs: TokenizedSet, max_tokens: int | None) -> None:
-    """Raises ValueError, before anything is built, when a pair is longer than a packed row may be."""
+    """Raises ValueError, before anything is built, when a pair is longer than a row may be."""
     lengths = packed_lengths(pairs.lengths(), range(len(pairs)))
     longest = int(np.argmax(lengths))
     if max_tokens is not None and lengths[longest] > max_tokens:
         raise ValueError(
-            f"the pair of row {pairs[longest].row} takes {lengths[longest]} tokens, both sides with "
-            f"their prompt, more than policy.micro_batch_tokens={max_tokens}; raise that to at least "
-            f"{lengths[longest]}, or lower policy.max_total_sequence_length"
+            f"the pair of row {pairs[longest].row} takes {lengths[longest]} tokens, both sides "
+            f"with their prompt, more than policy.micro_batch_tokens={max_tokens}; raise that to "
+            f"{lengths[longest]} or more, or lower policy.max_total_sequence_length"
         )
 
 

@@ -1,4 +1,4 @@
-"""Packed attention for Megatron's `SelfAttention`: rope on a batch's own positions, causal per segment.
+"""Packed attention for Megatron's `SelfAttention`: rope by the batch's positions, causal segments.
 
 Legend: T packed tokens (one row), H query heads and G key-value heads of this rank, E head dim,
 S segments. Segments are consecutive stretches of the row; a token sees its own segment only.
@@ -70,7 +70,7 @@ def _segment_group(cu_seqlens: Tensor, lengths: Tensor, segments: list[int]) -> 
 
 
 class _Rope(torch.autograd.Function):
-    """Rotates by the position's angle; backward rotates back, so nothing but cos and sin is kept."""
+    """Rotates by the position's angle; backward rotates back, so only cos and sin are kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x: (T, H, E)

@@ -95,10 +95,12 @@ def check_resumable(
     """Raises ValueError when the checkpoint was written under another layout."""
     here = layout_of(world_size, tp_size, pp_size)
     if state["layout"] != here:
-        changed = [f"{k}={v} there, {here[k]} here" for k, v in state["layout"].items() if v != here[k]]
+        changed = [
+            f"{k}={v} there, {here[k]} here" for k, v in state["layout"].items() if v != here[k]
+        ]
         raise ValueError(
-            f"{folder} was written under another layout ({', '.join(changed)}), and resuming across "
-            "layouts is not built: use the same sizes, or a new logger.log_dir"
+            f"{folder} was written under another layout ({', '.join(changed)}), and resuming "
+            "across layouts is not built: use the same sizes, or a new logger.log_dir"
         )
 
 
@@ -234,6 +236,8 @@ def _set_scaler_state(training: Training, saved: dict[str, float]) -> None:
     scaler = _scaler(training)
     current = scaler.state_dict()
     scaler.load_state_dict(
-        {k: torch.full_like(v, saved[k]) if torch.is_tensor(v) else int(saved[k])
-         for k, v in current.items()}
+        {
+            k: torch.full_like(v, saved[k]) if torch.is_tensor(v) else int(saved[k])
+            for k, v in current.items()
+        }
     )

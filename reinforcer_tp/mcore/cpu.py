@@ -1,9 +1,9 @@
 """What Megatron-core needs to run without CUDA. Applied only when there is no CUDA device.
 
 Megatron-core 0.16 names the device "cuda" in a few places (`torch.zeros(..., device="cuda")`,
-`torch.cuda.current_device()`, `tensor.type() == "torch.cuda.FloatTensor"`). There is no setting for it,
-so this module is the one place that assigns into `torch.cuda` and `megatron.*`. Nothing here changes
-arithmetic: it only answers "cpu" where Megatron asks for the current CUDA device.
+`torch.cuda.current_device()`, `tensor.type() == "torch.cuda.FloatTensor"`). There is no setting for
+it, so this module is the one place that assigns into `torch.cuda` and `megatron.*`. Nothing here
+changes arithmetic: it only answers "cpu" where Megatron asks for the current CUDA device.
 """
 
 import contextlib

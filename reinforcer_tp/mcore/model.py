@@ -1,4 +1,4 @@
-"""A Hugging Face config -> Megatron's TransformerConfig, layer spec and GPTModel that returns hidden states.
+"""A Hugging Face config -> Megatron's config, layer spec and a GPTModel of hidden states.
 
 Legend: T packed tokens, D hidden, V vocabulary (Vp rows of it on this tensor-parallel rank).
 """
@@ -123,7 +123,7 @@ def check_window(hf_config: Any, max_length: int) -> None:
 
 
 def rope_frequencies(hf_config: Any) -> tuple[Tensor, float]:
-    """Inverse frequencies (E/2,) float32 and the factor on cos and sin, from transformers' own tables.
+    """Inverse frequencies (E/2,) float32 and the factor on cos and sin, by transformers' own rules.
 
     Raises:
         ValueError: a rope whose frequencies change with the length of the sequence.
@@ -210,7 +210,11 @@ class RMSNorm(torch.nn.Module):
 
 
 def choose_layer_spec(wanted: str, device: torch.device) -> str:
-    """`policy.layer_spec`: "auto" is "te" on a GPU where transformer-engine imports, else "local"."""
+    """`policy.layer_spec`; "auto" is "te" on a GPU where transformer-engine imports, else "local".
+
+    Raises:
+        ValueError: "te" without a GPU or the package.
+    """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if wanted == "te" and not (HAVE_TE and device.type == "cuda"):
@@ -229,9 +233,7 @@ def block_spec(kind: str, config: TransformerConfig) -> TransformerBlockSubmodul
     "te" puts Transformer Engine's linears and norm in the same places, so the names of the
     parameters are the same for both.
     """
-    spec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     norm: type = RMSNorm
     attention = spec.submodules.self_attention.submodules
     mlp = spec.submodules.mlp.submodules

@@ -34,7 +34,7 @@ def build_training(
 ) -> Training:
     """Wraps the model for data parallelism and makes its AdamW and LR schedule.
 
-    `policy` is the config section; `total_steps` (optimizer steps) is the default length of the decay.
+    `policy` is the config section; `total_steps` (optimizer steps) is the decay's default length.
     """
     megatron = policy.megatron_cfg
     # At dp=1 the distributed optimizer shards nothing and costs time on a CPU.

@@ -2,8 +2,8 @@
 
 The contract: `calculate_per_token_loss=True` and a loss function that returns
 `(sum over pairs, number of pairs as an int tensor, report)`. Megatron then divides nothing per
-micro-batch; `finalize_model_grads` divides the gradients once by the pairs of the global batch, summed
-over data-parallel ranks. So unequal and empty micro-batches are exact.
+micro-batch; `finalize_model_grads` divides the gradients once by the pairs of the global batch,
+summed over data-parallel ranks. So unequal and empty micro-batches are exact.
 
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """
@@ -64,8 +64,8 @@ def forward_backward(
 ) -> list[dict[str, Tensor]]:
     """Runs every micro-batch; leaves gradients of (sum over pairs) / (pairs of the global batch).
 
-    `batches` are this data-parallel rank's; the number must be equal on all ranks. Returns the metric
-    sums of each micro-batch on the last stage, [] elsewhere.
+    `batches` are this data-parallel rank's; the number must be equal on all ranks. Returns the
+    metric sums of each micro-batch on the last stage, [] elsewhere.
     """
 
     def report(batch: PackedBatch, hidden: Tensor):
@@ -96,7 +96,7 @@ def _run(
 ) -> list:
     row_length = batches[0].tokens.shape[0]
     is_pipelined = stage.topology.pp_size > 1
-    # Without variable_seq_lengths stages exchange tensors of one shape: a peer would hang otherwise.
+    # Without variable_seq_lengths stages exchange tensors of one shape; a peer would hang.
     assert not is_pipelined or all(b.tokens.shape[0] == row_length for b in batches)
 
     def forward_step(iterator, module):

@@ -17,7 +17,7 @@ from reinforcer_tp.mcore.cpu import apply_cpu_support
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this process stands in the grid world = tp x dp x pp (Megatron's order tp-cp-ep-dp-pp)."""
+    """Where this process stands in the world = tp x dp x pp (Megatron's order tp-cp-ep-dp-pp)."""
 
     rank: int
     world_size: int
@@ -60,9 +60,7 @@ def layout_of(world_size: int, tp_size: int, pp_size: int) -> dict[str, int]:
     }
 
 
-def init_topology(
-    tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1800.0
-) -> Topology:
+def init_topology(tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1800.0) -> Topology:
     """Starts torch.distributed (gloo, plus nccl where there is CUDA) and Megatron's groups.
 
     RANK, WORLD_SIZE, LOCAL_RANK come from torchrun; without them this is a run of one process.

@@ -1,9 +1,7 @@
 """One Hugging Face <-> Megatron name table; weights streamed from safetensors and written back.
 
-A tensor is read slice by slice, straight into this rank's tensor- and pipeline-parallel shard: no rank
-ever holds a whole model. Written files hold at most `_MAX_FILE_BYTES` and one of them is in memory.
-
-Legend: H query heads, G key-value heads (groups), E head dim, D hidden, F feed-forward, V vocabulary.
+A tensor is read slice by slice, straight into this rank's tensor- and pipeline-parallel shard: no
+rank ever holds a whole model. Written files hold at most `_MAX_FILE_BYTES`; one is in memory.
 """
 
 import hashlib
@@ -105,14 +103,11 @@ def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     return full[:1] if kind == "bias" else full
 
 
-
-
-
 class SafetensorsReader:
     """Slices of the tensors in a local folder of safetensors files."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """Raises ValueError when there are no safetensors files or the index names a missing one."""
+        """Raises ValueError when there is no safetensors file or the index names a missing one."""
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
@@ -121,7 +116,7 @@ class SafetensorsReader:
             found = sorted(self.folder.glob("*.safetensors"))
             if not found:
                 raise ValueError(
-                    f"no safetensors files in {self.folder}; expected model.safetensors or an index "
+                    f"no safetensors file in {self.folder}; expected model.safetensors or an index "
                     "(convert the weights with save_pretrained, or set policy.load_weights=false)"
                 )
             files = {}
@@ -169,7 +164,7 @@ class SafetensorsReader:
 
 
 class RandomReader:
-    """Random weights that are a function of seed and tensor name alone, so equal in every layout."""
+    """Random weights, a function of seed and tensor name alone, so equal in every layout."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.shape = shape
@@ -190,9 +185,6 @@ class RandomReader:
             full = torch.randn(size, generator=generator) * self.shape.initializer_range
         full = full[slice(*rows)] if rows else full
         return full[:, slice(*columns)] if columns else full
-
-
-
 
 
 @torch.no_grad()
@@ -228,9 +220,6 @@ def _shard(entry: Entry, reader, shape: ModelShape, tp_rank: int, tp_size: int) 
     groups = shape.num_kv_heads // tp_size
     by_group = [x.reshape(groups, -1, *x.shape[1:]) for x in shards]  # per kv head: q.. | k | v
     return torch.cat(by_group, dim=1).flatten(0, 1)
-
-
-
 
 
 def _unshard(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[Tensor]:

@@ -38,7 +38,7 @@ def make_pairs() -> list[SimpleNamespace]:
 
 
 def gradients(layout: tuple[int, int], plans: list[list[list[list[int]]]], precision: str) -> list:
-    """Whole gradients, metric sums and one step's norm for each plan [dp_rank][micro_batch][pair]."""
+    """Gradients, metric sums and one step's norm for each plan [dp_rank][micro_batch][pair]."""
     from reinforcer_tp.loop import _SUMS, loss_function
     from reinforcer_tp.mcore.model import build_model
     from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad

@@ -51,8 +51,11 @@ def is_below(module: str, package: str) -> bool:
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_imports_point_one_way(part):
-    files = [f for f in FILES if is_below(f.relative_to(ROOT).as_posix().replace("/", "."),
-                                          part.replace("/", "."))]
+    files = [
+        f
+        for f in FILES
+        if is_below(f.relative_to(ROOT).as_posix().replace("/", "."), part.replace("/", "."))
+    ]
     assert files, part
     own = part.removesuffix(".py").replace("/", ".")
     for file in files:
