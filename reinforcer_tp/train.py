@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 from functools import partial
@@ -328,7 +329,9 @@ def continue_command(config: Config, inputs: Inputs) -> str:
         extend.append(f"dpo.max_num_epochs={epochs}")
     recorded = Path(config.logger.log_dir) / "config.yaml"
     script = os.path.relpath(__file__)
-    launch = ["torchrun", "--nproc-per-node", str(_world_size()), script]
+    torchrun = Path(sys.executable).with_name("torchrun")  # of this environment, active or not
+    launcher = "torchrun" if shutil.which("torchrun") == str(torchrun) else os.path.relpath(torchrun)
+    launch = [launcher, "--nproc-per-node", str(_world_size()), script]
     return shlex.join([*launch, "--config", str(recorded), *extend])
 
 

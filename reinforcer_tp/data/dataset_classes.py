@@ -125,7 +125,7 @@ def _load_splits(
         validation = Source(
             path=val_data_path,
             key="data.val_data_path",
-            subset=None if Path(val_data_path).is_file() else subset,
+            subset=None if Path(val_data_path).expanduser().is_file() else subset,
             default_splits=("validation", "test", "train"),
         )
         splits["validation"] = _load_renamed(validation, names)

@@ -75,7 +75,7 @@ def _iterate(paths: tuple[str, ...], json_columns: tuple[str, ...], digest: str)
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of every line; a .json file may hold one list of objects instead."""
-    with _readable(path), _open(path) as stream:
+    with readable(path), _open(path) as stream:
         if file_format(path) == "json" and _first_character(stream) == b"[":
             rows = _parse(stream.read(), path, None)
             for index, row in enumerate(rows):
@@ -157,7 +157,7 @@ def _feature(kinds: set[type]) -> Any:
 def _parquet_features(paths: list[Path]) -> datasets.Features:
     schemas = []
     for path in paths:
-        with _readable(path):
+        with readable(path):
             schemas.append(pq.ParquetFile(_seekable(path)).schema_arrow.remove_metadata())
     try:
         return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas))
@@ -198,7 +198,7 @@ def _digest(paths: list[Path]) -> str:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Failures of the file system, of gzip and of parquet as one line that names the file."""
     try:
         yield

@@ -16,6 +16,7 @@ from reinforcer_tp.data.dataset_classes import (
     PreferenceDataset,
     Tulu3PreferenceDataset,
 )
+from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import TaskDataSpec
 
 # data.* keys that say what to load: one that is set must reach the dataset class.
@@ -50,8 +51,18 @@ def load_preference_dataset(data_config: Any) -> Any:
     """
     config = as_dict(data_config)
     name = config.get("dataset_name") or "auto"
-    dataset_class = CLASSES[name] if name in CLASSES else _import_class(name)
-    dataset = dataset_class(**_arguments(dataset_class, name, config))
+    if name in CLASSES:
+        dataset = CLASSES[name](**_arguments(CLASSES[name], name, config))
+    else:
+        users_class = _import_class(name)
+        arguments = _arguments(users_class, name, config)
+        try:
+            dataset = users_class(**arguments)
+        except Exception as error:  # the edge to code of the user's
+            raise ValueError(
+                f"data.dataset_name={name}: its constructor failed with {type(error).__name__}: "
+                f"{one_line(error.__cause__ or error)}"
+            ) from error
     _check_formatted(dataset, name)
     return dataset
 
@@ -86,7 +97,7 @@ def _import_class(name: str) -> type:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # likewise
         raise ValueError(
             f"data.dataset_name={name}: cannot import {module_name} ({error}); expected a module "
             f"on sys.path or in {os.getcwd()}; set PYTHONPATH"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from reinforcer_tp.data.files import EXPECTED, file_format, load_files
+from reinforcer_tp.data.files import EXPECTED, file_format, load_files, readable
 from reinforcer_tp.data.hub import load_hub_dataset, looks_like_path
 
 SPLITS = {  # words in a file's name or folder -> the split it belongs to
@@ -37,23 +37,28 @@ def load_rows(source: Source) -> datasets.Dataset:
     ValueError naming file (and line) where it is missing, broken, of an unknown format or empty.
     """
     path = Path(source.path).expanduser()
-    if path.is_dir():
-        rows = _load_folder(path, source)
-    elif path.exists():
-        if source.subset is not None or _split_name(source) not in (None, "train"):
-            raise ValueError(
-                f"{source} is a file and has no subsets or splits; got subset={source.subset}, "
-                f"split={source.split}; set data.subset and data.split to null"
-            )
-        rows = load_files([path])
-    elif looks_like_path(source.path) or file_format(path) is not None:
-        raise ValueError(f"{source}: there is no such file or folder{_similar(path)}")
-    else:
-        rows = _load_hub(source)
+    with readable(path):
+        if path.is_dir():
+            rows = _load_folder(path, source)
+        elif path.exists():
+            rows = _load_file(path, source)
+        elif looks_like_path(source.path) or file_format(path) is not None:
+            raise ValueError(f"{source}: there is no such file or folder{_similar(path)}")
+        else:
+            rows = _load_hub(source)
     rows = _slice(rows, source)
     if len(rows) == 0:
         raise ValueError(f"{source} has no rows; expected at least one")
     return rows
+
+
+def _load_file(path: Path, source: Source) -> datasets.Dataset:
+    if source.subset is not None or _split_name(source) not in (None, "train"):
+        raise ValueError(
+            f"{source} is a file and has no subsets or splits; got subset={source.subset}, "
+            f"split={source.split}; set data.subset and data.split to null"
+        )
+    return load_files([path])
 
 
 def _load_hub(source: Source) -> datasets.Dataset:

@@ -168,7 +168,7 @@ def _key(counts: _RowCounts, tokenizer: PreTrainedTokenizerBase, options: SetOpt
         asdict(options.encode),
         options.on_bad_row,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
 
 def _encode(path: Path, tokenizer: PreTrainedTokenizerBase, options: SetOptions) -> pa.Table:

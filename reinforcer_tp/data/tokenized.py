@@ -82,8 +82,15 @@ class TokenizedSet(Sequence[TokenizedPair]):
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); delete {folder}") from error
             if array.dtype != dtype:
-                raise ValueError(f"{path} holds {array.dtype}, expected {dtype}; delete {folder}")
+                raise ValueError(
+                    f"{path} holds {array.dtype}, expected {dtype.__name__}; delete {folder}"
+                )
             arrays[name] = array
+        expected = int(arrays["lengths"].sum(dtype=np.int64))
+        if len(arrays["tokens"]) != expected:
+            raise ValueError(
+                f"{folder} holds {len(arrays['tokens'])} tokens, expected {expected}; delete it"
+            )
         return cls(**arrays)
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
