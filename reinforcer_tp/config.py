@@ -193,7 +193,7 @@ class PolicyConfig:
 class DataConfig:
     dataset_name: str = "auto"  # embedded, a named set, a class's import path; auto = by its rows
     train_data_path: str | None = None  # jsonl, json or parquet (or .gz), a folder, or a hub id
-    val_data_path: str | None = None  # likewise; null = no validation
+    val_data_path: str | None = None  # likewise; null = none, or a named set's own
     prompt_key: str | None = None  # column of the prompt; null = the row shape's own name
     chosen_key: str | None = None  # column of the chosen response
     rejected_key: str | None = None  # column of the rejected response

@@ -215,7 +215,11 @@ def run(config: Config, inputs: Inputs) -> None:
     from reinforcer_tp.loop import PairSet, Run, train
     from reinforcer_tp.mcore.checkpoint import load_checkpoint
     from reinforcer_tp.mcore.optim import build_training
-    from reinforcer_tp.mcore.topology import destroy_topology, init_topology
+    from reinforcer_tp.mcore.topology import (
+        check_same_everywhere,
+        destroy_topology,
+        init_topology,
+    )
     from reinforcer_tp.mcore.weights import export_hf
     from reinforcer_tp.metrics import Progress, environment_info, open_loggers
     from reinforcer_tp.run_directory import mark_finished, write_run_directory
@@ -230,6 +234,7 @@ def run(config: Config, inputs: Inputs) -> None:
             seed=config.dpo.seed,
         )
         stack.callback(destroy_topology)
+        check_same_everywhere("the tokenized data", data.fingerprint)
         progress = stack.enter_context(Progress(total_steps, start_step, topology.is_rank_zero))
         logger = None
         if topology.is_rank_zero:

@@ -179,4 +179,5 @@ def drop_nones(value: Any) -> Any:
 
 
 def kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+    """A value as messages show it: its type and its beginning."""
+    return "null" if value is None else f"{type(value).__name__} ({str(value)[:40]})"

@@ -110,6 +110,18 @@ def _init_process_group(backend: str, timeout: datetime.timedelta) -> None:
         )
 
 
+def check_same_everywhere(what: str, value: str) -> None:
+    """Raises RuntimeError on every rank when some rank holds another `value`. Collective."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    others = [rank for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        raise RuntimeError(
+            f"{what} of ranks {others[:8]} differs from rank 0's; expected the same on every node: "
+            "give all of them the same files"
+        )
+
+
 def destroy_topology() -> None:
     """Ends Megatron's groups and torch.distributed; safe to call when neither was started."""
     parallel_state.destroy_model_parallel()

@@ -158,7 +158,7 @@ MISTAKES = [
     (TEXT | {"rejected": " \n"}, "empty_response", ["rejected"]),
     (RESPONSES | {"chosen_response": ""}, "empty_response", ["chosen"]),
     (CHAT | {"chosen": [assistant("")]}, "empty_response", ["chosen"]),
-    (TEXT | {"chosen": 7}, "not_text", ["chosen is int"]),
+    (TEXT | {"chosen": 7}, "not_text", ["chosen is int (7)"]),
     (TEXT | {"rejected": BLUE}, "not_text", ["the same of both"]),
     (RESPONSES | {"prompt": 3.5}, "not_text", ["prompt is float"]),
     (CHAT | {"chosen": [assistant(None)]}, "not_text", ["chosen[0]", "null"]),
