@@ -57,6 +57,7 @@ def _worker(name: str, rank: int, world_size: int) -> None:
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
         GLOO_SOCKET_IFNAME="lo",
+        CUDA_VISIBLE_DEVICES="",
     )
     try:
         fn, args, timeout_s = pickle.loads((folder / "task").read_bytes())

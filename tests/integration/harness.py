@@ -138,6 +138,7 @@ def run_environment(extra: dict[str, str] | None) -> dict[str, str]:
     paths = [str(REPOSITORY), extra.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     fixed = {
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # gloo on CPU, also on a machine with one GPU
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }

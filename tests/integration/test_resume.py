@@ -15,6 +15,9 @@ from tests.integration.overrides import trainer_overrides
 from tests.integration.random_model import make_rows, write_jsonl
 
 MEGATRON = "policy.megatron_cfg"
+# A resumed run sweeps the reference over the rows that are left, so in other micro-batches: the
+# rewards (beta = 0.1 times sums of about 50 nats) differ by float32 rounding of those sums.
+REFERENCE_NOISE = 1e-6
 LAYOUTS = {
     "tp2-sequence-parallel": (
         f"{MEGATRON}.tensor_model_parallel_size=2",
@@ -71,7 +74,7 @@ def test_resumed_run_equals_an_uninterrupted_one(layout, config, tmp_path):
     assert steps == list(range(1, 8)), "every step once, in order"
     for step, want in straight.train_steps().items():
         got = resumed.train_steps()[step]
-        assert got == pytest.approx(want, rel=1e-6, abs=1e-7), f"step {step}"
+        assert got == pytest.approx(want, rel=1e-6, abs=REFERENCE_NOISE), f"step {step}"
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(config, tmp_path):
@@ -89,7 +92,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(config, tmp_path):
     assert steps == list(range(1, 41)), "every step once, in order"
     for step, want in straight.train_steps().items():
         got = resumed.train_steps()[step]
-        assert got == pytest.approx(want, rel=1e-6, abs=1e-7), f"step {step}"
+        assert got == pytest.approx(want, rel=1e-6, abs=REFERENCE_NOISE), f"step {step}"
     assert json.loads((tmp_path / "killed" / "data_report.json").read_text())
 
 

@@ -5,6 +5,7 @@ step. The judge works in float64, so that only the trainer's own float32 roundin
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -139,6 +140,30 @@ def test_eight_steps_are_the_same(source, variant, layout, oracle_config, expect
     assert not differences, "\n".join(differences) + "\n" + result.describe()
     if "weighted" not in source:
         assert_starts_at_ln2(result, config.beta)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_eight_steps_on_a_gpu(precision, oracle_config, expected_of, tmp_path):
+    """NCCL, and in bfloat16 the varlen kernel and (where installed) Transformer Engine."""
+    config = replace(oracle_config("random"), num_steps=NUM_STEPS, batch_size=BATCH_SIZE, lr=1e-4)
+    expected = expected_of(config)
+    result = run_train(
+        [*trainer_overrides(config), f"policy.precision={precision}"],
+        log_dir=tmp_path / "run",
+        env={"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")},
+    )
+    assert result.returncode == 0, result.describe()
+    if precision == "float32":
+        differences = compare(result, expected)
+        assert not differences, "\n".join(differences)
+        return
+    steps = result.train_steps()
+    assert steps[1]["preference_loss"] == pytest.approx(math.log(2.0), abs=1e-2)
+    for step, want in enumerate(expected, start=1):
+        for name in ("logps/chosen", "logps/rejected"):
+            assert steps[step][name] == pytest.approx(want[name], rel=2e-2)
 
 
 @pytest.mark.parametrize("layout", ["tp1-one-pair", "pp2-two-pairs"])

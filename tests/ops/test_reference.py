@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -210,6 +212,49 @@ def test_the_labels_chunk_far_above_or_below_the_others(gap, label):
     torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=5e-5)
     for name, value in grads.items():
         assert error(value, expected.grads[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("gap", [30.0, 1e4])
+def test_a_label_far_below_all_others(gap):
+    """Its own probability is lost; everybody else's must not be, nor their gradients."""
+    operands, labels, grad, grad_entropy = make(8, 16, 300, bias=True)
+    labels[:] = 7
+    with torch.no_grad():
+        operands["bias"][7] -= gap
+    expected = dense_result(labels=labels, grad_logps=grad, grad_entropy=grad_entropy, **operands)
+    logps, entropy, grads = run(operands, labels, grad, grad_entropy)
+    torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy.detach().double(), expected.entropy, rtol=1e-5, atol=0)
+    for name, value in grads.items():
+        assert error(value, expected.grads[name]) <= 2e-5, name
+
+
+@pytest.mark.parametrize("gap", [-30.0, -21.0, 21.0, 30.0])
+def test_two_columns_in_float64_by_hand(gap):
+    logps = vocab_parallel_linear_logprob(
+        torch.tensor([[1.0]], dtype=torch.float64),
+        torch.tensor([[0.0], [gap]], dtype=torch.float64),
+        torch.tensor([0]),
+    )
+    # log 1 / (1 + e^gap), to all digits on either side
+    expected = -math.log1p(math.exp(gap)) if gap < 0 else -gap - math.log1p(math.exp(-gap))
+    assert logps.item() == pytest.approx(expected, rel=1e-15)
+
+
+def test_one_column_has_no_entropy():
+    operands, labels, grad, grad_entropy = make(4, 16, 1)
+    logps, entropy, grads = run(operands, labels, grad, grad_entropy)
+    assert not logps.any() and not entropy.any()
+    assert not any(value.any() for value in grads.values())
+
+
+def test_gradient_of_the_entropy_alone():
+    operands, labels, _, grad_entropy = make(20, 16, 300)
+    expected = dense_result(labels=labels, grad_entropy=grad_entropy, **operands)
+    _, entropy = vocab_parallel_linear_logprob(labels=labels, return_entropy=True, **operands)
+    entropy.backward(grad_entropy.float())
+    for name, operand in operands.items():
+        assert error(operand.grad, expected.grads[name]) <= 2e-5
 
 
 def test_uniform_logits_give_log_v():

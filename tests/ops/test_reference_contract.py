@@ -184,6 +184,33 @@ def test_the_users_matmul_setting_neither_leaks_in_nor_is_lost(matmul, setting):
     assert error(weight.grad, expected.grads["weight"]) <= 2e-5
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float32, torch.float32), "ieee"),
+        ((torch.float16, torch.float16), "ieee"),
+        ((torch.bfloat16, torch.float32), "ieee"),
+        ((torch.bfloat16, torch.bfloat16), "bf16"),
+    ],
+    ids=str,
+)
+def test_bfloat16_units_multiply_bfloat16_values_only(matmul, monkeypatch, dtypes, expected):
+    """On a CPU with such units the setting rounds float32 operands to bfloat16."""
+    seen = set()
+    mm = kernels.reference._mm
+
+    def watched(*args, **kwargs):
+        seen.add(matmul.fp32_precision)
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(kernels.reference, "_mm", watched)
+    hidden, weight, labels, grad = make()
+    hidden = hidden.detach().to(dtypes[0]).requires_grad_()
+    weight = weight.detach().to(dtypes[1]).requires_grad_()
+    vocab_parallel_linear_logprob(hidden, weight, labels).backward(grad)
+    assert seen == {expected}
+
+
 def test_the_matmul_setting_is_restored_after_a_failure(matmul, monkeypatch):
     def fails(*_, **__):
         raise MemoryError

@@ -1,0 +1,90 @@
+"""The operator under Megatron's real DDP: the weight's gradient arrives in main_grad, once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import embedding
+
+from kernels import vocab_parallel_linear_logprob
+from tests.distributed.spawn import run_distributed
+from tests.ops.dense import error
+
+V, D, N = 50, 16, 12
+MICRO_BATCHES = 3
+
+
+class TinyModel(torch.nn.Module):
+    """Embedding, one matrix, and the head; `tied` as Megatron marks it on a single stage."""
+
+    def __init__(self, tied, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape):
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator).to(dtype) / 2)
+
+        self.embedding, self.matrix = parameter(V, D), parameter(D, D)
+        self.head = self.embedding if tied else parameter(V, D)
+        if tied:
+            self.head.zero_out_wgrad = True
+
+    def forward(self, tokens, labels, head):
+        hidden = embedding(tokens, self.embedding) @ self.matrix
+        return head(hidden, self.head, labels)
+
+
+def dense(hidden, weight, labels):
+    return (hidden @ weight.T).log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+def loss_of(model, step, head):
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens, labels = torch.randint(0, V, (2, N), generator=generator)
+    return (model(tokens, labels, head) * torch.randn(N, generator=generator)).sum()
+
+
+def main_grads(tied, overlap, dtype, reduce_in_fp32):
+    """Gradients by name after three micro-batches under DDP, and whether one was fused."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from reinforcer_tp.mcore.topology import init_topology
+
+    init_topology(1, 1, seed=0)
+    model = TinyModel(tied, dtype)
+    ddp = DistributedDataParallel(
+        TransformerConfig(num_layers=1, hidden_size=D, num_attention_heads=1),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=reduce_in_fp32, overlap_grad_reduce=overlap
+        ),
+        model,
+    )
+    for _ in range(2):  # the second round starts from zeroed buffers again
+        ddp.zero_grad_buffer()
+        with ddp.no_sync():
+            for step in range(MICRO_BATCHES - 1):
+                loss_of(model, step, vocab_parallel_linear_logprob).backward()
+        loss_of(model, MICRO_BATCHES - 1, vocab_parallel_linear_logprob).backward()
+        ddp.finish_grad_sync()
+    grads = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    return grads, model.head.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("dtype", "reduce_in_fp32", "bar"),
+    [(torch.float32, False, 1e-5), (torch.bfloat16, True, 2e-2), (torch.bfloat16, False, 4e-2)],
+    ids=["float32", "bfloat16 into float32", "bfloat16"],
+)
+def test_gradients_of_three_micro_batches(tied, dtype, reduce_in_fp32, bar):
+    overlap = dtype == torch.float32
+    [(grads, fused)] = run_distributed(main_grads, 1, tied, overlap, dtype, reduce_in_fp32)
+    assert fused
+    model = TinyModel(tied, dtype).double()
+    for step in range(MICRO_BATCHES):
+        loss_of(model, step, dense).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert error(grad, expected[name]) <= bar, name
