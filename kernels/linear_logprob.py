@@ -45,7 +45,9 @@ def vocab_parallel_linear_logprob(
     Every rank of `tp_group` must call it, also with N = 0 or without any real row.
 
     Raises ValueError for shapes and options that do not fit and, on the CPU, for labels out of
-    range. On CUDA that check would wait for the device: there such a label yields -inf.
+    range. On CUDA that check would wait for the device: there such a label yields -inf. Raises
+    NotImplementedError for what is not built yet: `impl="triton"`, `cache_budget_bytes` above 0
+    (forward's exponentials kept for backward) and second derivatives.
     """
     _check_operands(hidden, weight, labels, bias)
     _check_options(temperature, logit_softcap, cache_budget_bytes, impl)

@@ -284,7 +284,7 @@ def _blame(
     where = "; ".join(places) or "no single micro-batch: every loss is finite, the gradient is not"
     return (
         f"step {step}: the {what} is not finite ({where}). The weights of step {step - 1} are "
-        "untouched; look at those rows, or lower policy.megatron_cfg.optimizer.lr"
+        "untouched; lower policy.megatron_cfg.optimizer.lr, or look at the rows"
     )
 
 

@@ -44,14 +44,30 @@ def loss_of(model, step, head):
     return (model(tokens, labels, head) * torch.randn(N, generator=generator)).sum()
 
 
-def main_grads(tied, overlap, dtype, reduce_in_fp32):
-    """Gradients by name after three micro-batches under DDP, and whether one was fused."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.transformer import TransformerConfig
+CASES = {
+    (name, tied): {"dtype": dtype, "tied": tied, "reduce_in_fp32": in_fp32, "overlap": overlap}
+    for tied in (False, True)
+    for name, dtype, in_fp32, overlap in (
+        ("float32", torch.float32, False, True),
+        ("bfloat16 into float32", torch.bfloat16, True, False),
+        ("bfloat16", torch.bfloat16, False, True),
+    )
+}
+BARS = {"float32": 1e-5, "bfloat16 into float32": 2e-2, "bfloat16": 4e-2}
 
+
+def all_main_grads(cases):
     from reinforcer_tp.mcore.topology import init_topology
 
     init_topology(1, 1, seed=0)
+    return {name: main_grads(**case) for name, case in cases.items()}
+
+
+def main_grads(*, dtype, tied, reduce_in_fp32, overlap):
+    """Gradients by name after three micro-batches under DDP, and whether the head's was fused."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
     model = TinyModel(tied, dtype)
     ddp = DistributedDataParallel(
         TransformerConfig(num_layers=1, hidden_size=D, num_attention_heads=1),
@@ -71,20 +87,20 @@ def main_grads(tied, overlap, dtype, reduce_in_fp32):
     return grads, model.head.grad_added_to_main_grad
 
 
+@pytest.fixture(scope="module")
+def results():
+    return run_distributed(all_main_grads, 1, CASES)[0]
+
+
+@pytest.mark.parametrize("name", BARS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    ("dtype", "reduce_in_fp32", "bar"),
-    [(torch.float32, False, 1e-5), (torch.bfloat16, True, 2e-2), (torch.bfloat16, False, 4e-2)],
-    ids=["float32", "bfloat16 into float32", "bfloat16"],
-)
-def test_gradients_of_three_micro_batches(tied, dtype, reduce_in_fp32, bar):
-    overlap = dtype == torch.float32
-    [(grads, fused)] = run_distributed(main_grads, 1, tied, overlap, dtype, reduce_in_fp32)
+def test_gradients_of_three_micro_batches(results, name, tied):
+    grads, fused = results[name, tied]
     assert fused
-    model = TinyModel(tied, dtype).double()
+    model = TinyModel(tied, CASES[name, tied]["dtype"]).double()
     for step in range(MICRO_BATCHES):
         loss_of(model, step, dense).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
+    expected = {key: p.grad for key, p in model.named_parameters()}
     assert grads.keys() == expected.keys()
-    for name, grad in grads.items():
-        assert error(grad, expected[name]) <= bar, name
+    for key, grad in grads.items():
+        assert error(grad, expected[key]) <= BARS[name], key

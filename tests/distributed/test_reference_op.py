@@ -149,15 +149,56 @@ class recorded_collectives:
         return call
 
 
-def run_all(problems):
-    return {name: run_shard(problem, dist.group.WORLD) for name, problem in problems.items()}
+def two_groups_side_by_side(problems):
+    """tp=2 in ranks (0, 2) and (1, 3), each with a problem of its own, as in a dp=2 layout."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = dist.get_rank() % 2
+    return run_shard(problems[mine], groups[mine])
 
 
-@pytest.fixture(scope="module", params=sorted(CASES), ids=lambda size: f"tp{size}")
+def errors_of_bad_arguments():
+    messages = []
+    weight = torch.zeros(50, D)
+    for labels, vocab_size in ((torch.tensor([100]), 100), (torch.tensor([0]), None)):
+        try:
+            vocab_parallel_linear_logprob(
+                torch.zeros(1, D),
+                weight,
+                labels,
+                vocab_start=50 * dist.get_rank(),
+                vocab_size=vocab_size,
+                tp_group=dist.group.WORLD,
+            )
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def run_all(problems, side_by_side):
+    """Everything of one number of ranks, so that processes start once."""
+    results = {name: run_shard(problem, dist.group.WORLD) for name, problem in problems.items()}
+    grouped = two_groups_side_by_side(side_by_side) if side_by_side else None
+    return results, grouped, errors_of_bad_arguments()
+
+
+SIDE_BY_SIDE = [case([0, 37, 100], n=40), case([0, 60, 100], n=25)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_distributed(run_all, 2, CASES[2], None)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    return run_distributed(run_all, 4, CASES[4], SIDE_BY_SIDE)
+
+
+@pytest.fixture(params=["two_ranks", "four_ranks"])
 def sharded(request):
-    """(problems, per-rank results) of all cases of one size: one start of the processes."""
-    problems = CASES[request.param]
-    return problems, run_distributed(run_all, request.param, problems)
+    """(problems by name, results by rank and name)"""
+    by_rank = [results for results, _, _ in request.getfixturevalue(request.param)]
+    return CASES[len(by_rank)], by_rank
 
 
 def test_sharded_values_and_gradients_equal_the_whole(sharded):
@@ -205,39 +246,16 @@ def test_confident_labels_keep_their_digits_across_ranks(sharded):
         assert row_error(grads["hidden"], expected.grads["hidden"]) <= 2e-5
 
 
-def two_groups_side_by_side(problems):
-    """tp=2 in ranks (0, 2) and (1, 3), each with a problem of its own, as in a dp=2 layout."""
-    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    mine = dist.get_rank() % 2
-    return run_shard(problems[mine], groups[mine])
-
-
-def test_only_the_given_group_takes_part():
-    problems = [case([0, 37, 100], n=40), case([0, 60, 100], n=25)]
-    by_rank = run_distributed(two_groups_side_by_side, 4, problems)
-    for index, problem in enumerate(problems):
+def test_only_the_given_group_takes_part(four_ranks):
+    for index, problem in enumerate(SIDE_BY_SIDE):
         expected = expected_result(problem)
         for rank in (index, index + 2):
-            logps, _, grads, _ = by_rank[rank]
+            logps, _, grads, _ = four_ranks[rank][1]
             torch.testing.assert_close(logps, expected.logps, rtol=0, atol=1e-11)
             assert error(grads["hidden"], expected.grads["hidden"]) <= 1e-11
 
 
-def errors_under_a_group():
-    messages = []
-    weight = torch.zeros(50, D)
-    for labels, vocab_size in ((torch.tensor([100]), 100), (torch.tensor([0]), None)):
-        try:
-            vocab_parallel_linear_logprob(
-                torch.zeros(1, D), weight, labels, vocab_start=50 * dist.get_rank(),
-                vocab_size=vocab_size, tp_group=dist.group.WORLD,
-            )  # fmt: skip
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-def test_bad_arguments_raise_on_every_rank_so_nobody_waits():
-    for label_message, vocab_message in run_distributed(errors_under_a_group, 2):
+def test_bad_arguments_raise_on_every_rank_so_nobody_waits(two_ranks):
+    for _, _, (label_message, vocab_message) in two_ranks:
         assert "label 100 is outside the vocabulary of 100 ids" in label_message
         assert "vocab_size is None" in vocab_message

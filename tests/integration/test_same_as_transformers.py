@@ -58,15 +58,24 @@ LAYOUTS = {
     ),
 }
 
+# Adam hides a factor common to all gradients: bounds lie among the norms, some steps are clipped.
 VARIANTS = {
     "plain": {"lr": 1e-4},
     "averaged-with-sft": {
         "lr": 3e-4,
+        "max_grad_norm": 0.5,
+        "weight_decay": 1.0,
         "sft_loss_weight": 0.1,
         "preference_average_log_probs": True,
         "sft_average_log_probs": True,
     },
-    "sft-summed": {"lr": 1e-4, "sft_loss_weight": 0.1, "preference_loss_weight": 0.5},
+    "sft-summed": {
+        "lr": 1e-4,
+        "sft_loss_weight": 0.1,
+        "preference_loss_weight": 0.5,
+        "max_grad_norm": 6.5,
+        "eps": 1e-6,
+    },
     "schedule-no-clipping": {
         "lr": 3e-4,
         "min_lr": 1e-5,

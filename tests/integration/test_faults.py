@@ -1,0 +1,60 @@
+"""A number that is not finite stops the run before the weights are touched, and says where."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from tests.integration.harness import RunResult, run_train
+from tests.integration.oracle import OracleConfig
+from tests.integration.overrides import trainer_overrides
+
+
+@pytest.fixture
+def config(random_llama, random_rows) -> OracleConfig:
+    return OracleConfig(
+        model=random_llama, data=random_rows["random"], num_steps=6, batch_size=4, lr=1e-4
+    )
+
+
+def run(config: OracleConfig, tmp_path) -> tuple[RunResult, str]:
+    """The run, one pair a micro-batch on two ranks, and its one line of error."""
+    overrides = [*trainer_overrides(config), "policy.train_micro_batch_size=1"]
+    overrides += ["checkpointing.enabled=true", "checkpointing.save_period=1"]
+    result = run_train(overrides, log_dir=tmp_path / "run", nproc=2)
+    assert result.returncode != 0, result.describe()
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: step")]
+    assert errors, result.describe()
+    failed = max(result.train_steps()) + 1
+    assert f"step {failed}: " in errors[0]
+    assert f"The weights of step {failed - 1} are untouched" in errors[0]
+    assert not (result.log_dir / "checkpoints" / f"step_{failed}").exists()
+    assert not (result.log_dir / "hf").exists()
+    return result, errors[0]
+
+
+def test_a_loss_that_is_not_finite_names_rank_and_row(config, tmp_path):
+    """One token's embedding is broken; only row 6, in the second batch, has that token."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    shutil.copytree(config.model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    [token] = tokenizer("~", add_special_tokens=False).input_ids
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    rows = [{"prompt": f"the dog {i}", "chosen": " sings", "rejected": " runs"} for i in range(8)]
+    rows[6]["chosen"] = " sings ~ green"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    broken = replace(config, model=str(tmp_path / "model"), data=str(path))
+    result, error = run(broken, tmp_path)
+    assert list(result.train_steps()) == [1]
+    assert "the loss is not finite" in error
+    assert error.count("source rows [") == 1 and "source rows [6]" in error
+
+
+def test_a_gradient_that_is_not_finite_is_named(config, tmp_path):
+    _, error = run(replace(config, lr=1e30), tmp_path)
+    assert "the gradient norm is not finite" in error
