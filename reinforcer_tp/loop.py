@@ -22,7 +22,13 @@ from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.flops import peak_tflops, training_flops
 from reinforcer_tp.loss import dpo_loss, sequence_sums
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
-from reinforcer_tp.mcore.optim import Training, current_lr, optimizer_step, zero_grad
+from reinforcer_tp.mcore.optim import (
+    Training,
+    current_lr,
+    gather_weights,
+    optimizer_step,
+    zero_grad,
+)
 from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 
@@ -145,9 +151,13 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
             run.logger.log(step, metrics)
         latest |= metrics
         is_last = step == total_steps
-        if validates and (step % dpo.val_period == 0 or (is_last and dpo.val_at_end)):
+        is_validated = validates and (step % dpo.val_period == 0 or (is_last and dpo.val_at_end))
+        is_saved = checkpointing.enabled and (is_last or step % checkpointing.save_period == 0)
+        if is_validated or is_saved or is_last:  # the export follows the last step
+            gather_weights(run.training)
+        if is_validated:
             latest |= evaluate(run, step=step)
-        if checkpointing.enabled and (is_last or step % checkpointing.save_period == 0):
+        if is_saved:
             _save(run, step, latest)
 
 

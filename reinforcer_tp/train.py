@@ -335,7 +335,9 @@ def continue_command(config: Config, inputs: Inputs) -> str:
     recorded = Path(config.logger.log_dir) / "config.yaml"
     script = os.path.relpath(__file__)
     torchrun = Path(sys.executable).with_name("torchrun")  # of this environment, active or not
-    launcher = "torchrun" if shutil.which("torchrun") == str(torchrun) else os.path.relpath(torchrun)
+    launcher = (
+        "torchrun" if shutil.which("torchrun") == str(torchrun) else os.path.relpath(torchrun)
+    )
     launch = [launcher, "--nproc-per-node", str(_world_size()), script]
     return shlex.join([*launch, "--config", str(recorded), *extend])
 

@@ -264,6 +264,13 @@ class HiddenStateModel(GPTModel):
     The head is not applied: `output_weight()` goes to the fused operator instead.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.post_process and self.output_layer.weight is not None:
+            # Called for its weight alone: the call runs the hook in which DDP waits until the
+            # weight's shards are gathered (overlap_param_gather).
+            self.output_layer.forward = lambda: self.output_layer.weight
+
     def _preprocess(
         self, input_ids, position_ids, decoder_input=None, padding_mask=None, **unused
     ) -> tuple:
@@ -276,10 +283,10 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
     def output_weight(self) -> Tensor:  # (Vp, D)
-        """This rank's rows of the output embedding; the input embedding where they are tied."""
-        if self.share_embeddings_and_output_weights:
+        """This rank's rows of the output embedding; the input embedding where that is the same."""
+        if self.output_layer.weight is None:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return self.output_layer()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,17 @@ def optimizer_step(training: Training) -> tuple[bool, float]:
     return True, grad_norm
 
 
+def gather_weights(training: Training) -> None:
+    """Makes every rank's weights those of the last step. Collective over data parallelism.
+
+    Under `overlap_param_gather` a rank holds its own new shard only until the next training step
+    gathers the others: before anything else reads weights (validation, a checkpoint, the export)
+    this must be called.
+    """
+    if training.ddp.ddp_config.overlap_param_gather:
+        training.ddp.start_param_sync(force_sync=True)
+
+
 def zero_grad(training: Training) -> None:
     """Both are needed: DDP's buffer holds main_grad, the optimizer its own float32 copies."""
     training.ddp.zero_grad_buffer()

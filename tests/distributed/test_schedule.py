@@ -83,6 +83,11 @@ def gradients(layout: tuple[int, int], plans: list[list[list[list[int]]]], preci
         whole = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
         grads = {n: g.clone() for n, g in whole.items() if g is not None}
         updated, norm = optimizer_step(training)
+        for _ in range(8 if precision == "float16" else 0):
+            if not updated:  # the loss scale was too large, and is halved now
+                zero_grad(training)
+                forward_backward(stage, batches, loss_function(config))
+                updated, norm = optimizer_step(training)
         assert updated
         results.append({"grads": grads, "sums": sums, "norm": norm})
     return results
@@ -142,3 +147,62 @@ def test_sixteen_bit_gradients_are_near(single, precision):
     expected = single[0][0]
     assert results[0]["norm"] == pytest.approx(expected["norm"], rel=0.03)
     assert results[0]["sums"]["loss"] == pytest.approx(expected["sums"]["loss"], rel=0.02)
+
+
+def weights_after_steps(overlaps: bool, tied: bool) -> dict:
+    """dp=2, every parameter a bucket of its own: three steps, a validation after each, the end."""
+    from functools import partial
+
+    from reinforcer_tp.loop import _SUMS, loss_function
+    from reinforcer_tp.mcore import optim
+    from reinforcer_tp.mcore.model import build_model
+    from reinforcer_tp.mcore.schedule import Stage, forward_backward, reduce_metrics
+    from reinforcer_tp.mcore.topology import init_topology
+    from reinforcer_tp.mcore.weights import RandomReader, full_tensors, load_weights
+
+    original = optim.DistributedDataParallelConfig
+    optim.DistributedDataParallelConfig = partial(original, bucket_size=1)
+    topology = init_topology(1, 1, seed=0)
+    ddp = "policy.megatron_cfg.distributed_data_parallel_config"
+    config = load_config(
+        None,
+        [
+            "policy.model_name=unused",
+            "policy.precision=float32",
+            "policy.max_total_sequence_length=64",
+            "policy.megatron_cfg.optimizer.lr=0.01",
+            f"{ddp}.overlap_param_gather={overlaps}",
+            f"{ddp}.overlap_grad_reduce={overlaps}",
+        ],
+    )
+    hf_config = LlamaConfig(**SHAPE, tie_word_embeddings=tied)
+    model = build_model(hf_config, config.policy, topology)
+    load_weights(model, RandomReader(model.shape, seed=11), topology)
+    training = optim.build_training(model, config.policy, topology, total_steps=10)
+    assert not overlaps or len(training.ddp.bucket_groups) > 5
+    stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+    pairs = make_pairs()[topology.dp_rank :: 2]
+    reference = [torch.full((len(p.chosen) + len(p.rejected),), -4.0) for p in pairs]
+    batches = [build_packed_batch(pairs, reference_logps=reference)]
+    losses = []
+    for _ in range(3):
+        optim.zero_grad(training)
+        forward_backward(stage, batches, loss_function(config))
+        optim.optimizer_step(training)
+        optim.gather_weights(training)
+        [report] = forward_backward(stage, batches, loss_function(config), forward_only=True)
+        local = {n: float(report[n]) for n in _SUMS}
+        losses.append(reduce_metrics(local, _SUMS, topology)["loss"])
+    weights = {n: w.clone() for n, w in full_tensors(model, topology)}
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_overlapped_gathering_of_weights_changes_nothing(tied):
+    """Validation, checkpoints and the head must never see weights of the step before."""
+    plain = run_distributed(weights_after_steps, 2, False, tied)
+    overlapped = run_distributed(weights_after_steps, 2, True, tied)
+    for rank in (0, 1):
+        assert overlapped[rank]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-6)
+        for name, expected in plain[0]["weights"].items():
+            torch.testing.assert_close(overlapped[rank]["weights"][name], expected)

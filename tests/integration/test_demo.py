@@ -66,7 +66,7 @@ def side_logps(folder: Path, rows: list[dict]) -> torch.Tensor:
     for row in rows:
         for side in ("chosen", "rejected"):
             prompt = tokenizer(row["prompt"]).input_ids
-            whole = tokenizer(row["prompt"] + row[side]).input_ids + [tokenizer.eos_token_id]
+            whole = [*tokenizer(row["prompt"] + row[side]).input_ids, tokenizer.eos_token_id]
             assert whole[: len(prompt)] == prompt
             with torch.no_grad():
                 logps = model(torch.tensor([whole])).logits[0, :-1].log_softmax(-1)
