@@ -10,7 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH := $(shell grep '^torch==' constraints.txt)
-HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+# One process needs a GPU of its own; with fewer the demo runs on the CPU.
+DEMO_ENV := $(shell test $(NUM_GPUS) -ge $(NPROC) || echo CUDA_VISIBLE_DEVICES=)
 
 .PHONY: help install demo test lint format clean
 
@@ -26,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is too old; expected Python >= 3.11; use make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-ifeq ($(HAS_GPU),)
+ifeq ($(NUM_GPUS),0)
 	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)+cpu" 2>/dev/null || \
 	    $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 endif
@@ -34,7 +36,7 @@ endif
 	touch $(STAMP)
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m torch.distributed.run --standalone \
+	$(DEMO_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m torch.distributed.run --standalone \
 	    --nproc-per-node $(NPROC) reinforcer_tp/train.py --config configs/dpo.yaml \
 	    policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) \
 	    logger.log_dir=logs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$

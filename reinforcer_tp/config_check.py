@@ -106,6 +106,16 @@ def check_world(config, world_size: int, local_world_size: int | None) -> None:
             f"cluster.gpus_per_node={gpus}, but torchrun started {local_world_size} processes on "
             f"this node; use --nproc-per-node {gpus} or cluster.gpus_per_node={local_world_size}"
         )
+    if (
+        nodes is not None
+        and local_world_size is not None
+        and nodes * local_world_size != world_size
+    ):
+        raise ConfigError(
+            f"cluster.num_nodes={nodes}, but torchrun started {world_size} processes, "
+            f"{local_world_size} of them on this node; use --nnodes {nodes}, or "
+            f"cluster.num_nodes=null (what it started)"
+        )
     for key, size in (("gpus_per_node", gpus), ("num_nodes", nodes)):
         require(
             size is None or world_size % size == 0,

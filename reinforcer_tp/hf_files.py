@@ -7,7 +7,7 @@ from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError, validate_model
 from reinforcer_tp.embedded import EmbeddedPaths
-from reinforcer_tp.mcore.model import DTYPES, ModelShape, check_window, model_shape
+from reinforcer_tp.mcore.model import DTYPES, ModelShape, model_shape, rope_frequencies
 from reinforcer_tp.mcore.weights import RandomReader, SafetensorsReader, check_weights
 
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -40,9 +40,12 @@ def open_model(config: Config, model_name: str, embedded: EmbeddedPaths | None) 
     folder = _folder(name, with_weights=load_weights)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"policy.model_name={model_name}: there is no config.json in {folder}")
-    hf_config = AutoConfig.from_pretrained(folder)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}/config.json is no config of transformers: {error}") from error
     shape = model_shape(hf_config)
-    check_window(hf_config, config.policy.max_total_sequence_length)
+    rope_frequencies(hf_config)  # refuses what is not built
     validate_model(config, hf_config.to_dict())
     reader: SafetensorsReader | RandomReader = (
         SafetensorsReader(folder) if load_weights else RandomReader(shape, config.dpo.seed)
@@ -78,7 +81,7 @@ def _folder(name: str, *, with_weights: bool) -> Path:
         ) from error
 
 
-def check_tokenizer(tokenizer: Any, *models: ModelFiles | None) -> None:
+def check_vocabulary(tokenizer: Any, *models: ModelFiles | None) -> None:
     """Raises ValueError when a model has no embedding for some of the tokenizer's tokens."""
     for files in models:
         if files is not None and len(tokenizer) > files.shape.vocab_size:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from reinforcer_tp.config import Config, fingerprint
+from reinforcer_tp.config_check import METRICS
 from reinforcer_tp.data.loader import (
     PackedBatch,
     global_batch_rows,
@@ -32,18 +33,7 @@ from reinforcer_tp.mcore.optim import (
 from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 
-_SUMS = (  # what dpo_loss sums over pairs; all but num_pairs are reported as means
-    "loss",
-    "preference_loss",
-    "sft_loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "num_pairs",
-)
+_SUMS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
 
 
 class NonFiniteError(RuntimeError):
@@ -69,6 +59,7 @@ class Run:
     validation_set: PairSet | None
     logger: MetricLogger | None  # rank 0 only
     progress: Progress
+    data_fingerprint: str  # of the tokenized sets
     reference_s: float  # seconds of the reference sweep, reported with the first step
 
 
@@ -213,7 +204,7 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
             totals[name] += value
     sums = reduce_metrics(totals, _SUMS, run.stage.topology)
     metrics = {f"validation/{name}": value for name, value in _means(sums).items()}
-    metrics["validation/perf/total_s"] = time.perf_counter() - begin
+    metrics["perf/validation_s"] = time.perf_counter() - begin
     run.progress.message(validation_line(step, metrics))
     if run.logger is not None:
         run.logger.log(step, metrics)
@@ -308,6 +299,7 @@ def _save(run: Run, step: int, metrics: dict[str, float]) -> None:
         run.training,
         stage.topology,
         fingerprint=fingerprint(run.config),
+        data_fingerprint=run.data_fingerprint,
         metrics=metrics,
     )
     if stage.topology.is_rank_zero:

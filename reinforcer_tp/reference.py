@@ -32,7 +32,7 @@ def sweep_reference(
     """
     found: dict[int, np.ndarray] = {}
     unique = sorted(set(rows))
-    index_of_row = {pairs[i].row: i for i in unique}
+    index_of_row = {int(pairs.rows[i]): i for i in unique}
     for begin in range(0, len(unique), batch_size):
         part = unique[begin : begin + batch_size]
         batches = micro_batches(pairs, part, cut).batches

@@ -6,6 +6,8 @@
 Exit status: 0 done, 65 data or model files, 70 a number that is not finite, 78 configuration.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
@@ -16,7 +18,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 # As a script this file's folder is first on sys.path, where `data` would shadow others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -33,6 +35,9 @@ from reinforcer_tp.config import (
     to_yaml,
     validate_model,
 )
+
+if TYPE_CHECKING:
+    from reinforcer_tp.inputs import Inputs
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _EXIT_DATA, _EXIT_SOFTWARE, _EXIT_CONFIG = 65, 70, 78
@@ -100,37 +105,25 @@ def check(config: Config) -> int:
     return 0
 
 
-class Inputs(NamedTuple):
-    """What a run reads before any process group exists."""
-
-    files: Any  # hf_files.ModelFiles of the policy
-    reference_files: Any  # of the reference; None = the policy's
-    tokenizer: Any
-    data: Any  # data.prepare.PreparedData
-    total_steps: int
-    checkpoint: Path | None  # to go on from
-    start_step: int  # optimizer steps that it holds
-
-
 def prepare_and_train(config: Config) -> int:
     """First what needs no process group, so that bad files end every rank alike; then the run."""
-    from reinforcer_tp.run_directory import check_run_directory, finished_steps
+    from reinforcer_tp.run_directory import check_run_directory
 
     holds_run = check_run_directory(config)
     quiet_libraries()
+    from reinforcer_tp.inputs import open_inputs
     from reinforcer_tp.loop import NonFiniteError
 
     try:
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, holds_run=holds_run, world_size=_world_size())
     except ValueError as error:
         if isinstance(error, ConfigError) or "REINFORCER_TP_TRACEBACK" in os.environ:
             raise
         return fail(error, _EXIT_DATA)
-    done = finished_steps(config) if holds_run else None
-    if done is not None and done >= inputs.total_steps:
+    if inputs.finished_step == inputs.total_steps:
         if _is_speaker():
-            print(f"{config.logger.log_dir} holds this run, finished after {done} steps.")
-            print(f"to go on:       {continue_command(config, inputs)}")
+            print(f"{config.logger.log_dir} holds this run, finished: {inputs.total_steps} steps.")
+            print(how_to_go_on(config, inputs))
         return 0
     try:
         run(config, inputs)
@@ -139,77 +132,8 @@ def prepare_and_train(config: Config) -> int:
     return 0
 
 
-def open_inputs(config: Config) -> Inputs:
-    """Raises ConfigError or ValueError, one line, alike on every rank."""
-    from reinforcer_tp.data.micro_batches import check_pairs_fit
-    from reinforcer_tp.data.prepare import prepare_data
-    from reinforcer_tp.data.tokenizer import load_tokenizer
-    from reinforcer_tp.embedded import ensure_embedded
-    from reinforcer_tp.hf_files import check_tokenizer, open_model
-    from reinforcer_tp.loop import num_steps
-    from reinforcer_tp.metrics import check_loggers
-
-    check_loggers(config.logger)
-    checkpoint, start_step = resume_point(config)
-    policy, data_section, reference_name = config.policy, config.data, config.reference.model_name
-    embedded = None
-    if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
-        embedded = ensure_embedded()
-    if data_section.dataset_name == "embedded":
-        data_section = dataclasses.replace(
-            data_section,
-            dataset_name="auto",
-            train_data_path=embedded.train,
-            val_data_path=embedded.validation,
-        )
-    files = open_model(config, policy.model_name, embedded)
-    reference_files = None
-    if reference_name not in (None, policy.model_name):
-        reference_files = open_model(config, reference_name, embedded)
-    tokenizer = load_tokenizer(
-        policy.tokenizer.name or str(files.folder), policy.tokenizer.chat_template
-    )
-    check_tokenizer(tokenizer, files, reference_files)
-    data = prepare_data(
-        data_section,
-        tokenizer=tokenizer,
-        max_total_sequence_length=policy.max_total_sequence_length,
-        chat_template_kwargs=policy.tokenizer.chat_template_kwargs,
-        is_local_leader=_is_speaker(),
-    )
-    for pairs in filter(None, (data.train, data.validation)):
-        check_pairs_fit(pairs, policy.micro_batch_tokens)
-    total_steps = num_steps(config, len(data.train))
-    return Inputs(files, reference_files, tokenizer, data, total_steps, checkpoint, start_step)
-
-
-def resume_point(config: Config) -> tuple[Path | None, int]:
-    """(checkpoint to go on from, optimizer steps done): the newest one of this run, if any."""
-    from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
-
-    found = list_checkpoints(Path(config.checkpoint_dir))
-    if not config.checkpointing.enabled or not found:
-        return None, 0
-    step, folder = list(found.items())[-1]
-    if config.checkpointing.resume == "never":
-        raise ConfigError(
-            f"{folder} exists and checkpointing.resume=never; "
-            "choose another checkpointing.checkpoint_dir, or use checkpointing.resume=auto"
-        )
-    state = read_state(folder)
-    if state["fingerprint"] != fingerprint(config):
-        raise ConfigError(
-            f"{folder} belongs to a run of another configuration; "
-            "choose another checkpointing.checkpoint_dir"
-        )
-    megatron = config.policy.megatron_cfg
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    check_resumable(folder, state, world_size=_world_size(), tp_size=tp, pp_size=pp)
-    return folder, step
-
-
 def run(config: Config, inputs: Inputs) -> None:
-    """The table of contents: topology, model, reference, optimizer, loop, export."""
+    """The table of contents: topology, reference, model, optimizer, loop, export."""
     from reinforcer_tp.data.prepare import format_report
     from reinforcer_tp.hf_files import write_companions
     from reinforcer_tp.loop import PairSet, Run, train
@@ -227,14 +151,20 @@ def run(config: Config, inputs: Inputs) -> None:
     megatron, data = config.policy.megatron_cfg, inputs.data
     start_step, total_steps = inputs.start_step, inputs.total_steps
     log_dir = Path(config.logger.log_dir)
+    topology = init_topology(
+        megatron.tensor_model_parallel_size,
+        megatron.pipeline_model_parallel_size,
+        seed=config.dpo.seed,
+    )
+    check_same_everywhere(
+        {
+            "the configuration": fingerprint(config),
+            "the tokenized data": data.fingerprint,
+            "the step to start from": start_step,
+            "the number of steps": total_steps,
+        }
+    )
     with contextlib.ExitStack() as stack:
-        topology = init_topology(
-            megatron.tensor_model_parallel_size,
-            megatron.pipeline_model_parallel_size,
-            seed=config.dpo.seed,
-        )
-        stack.callback(destroy_topology)
-        check_same_everywhere("the tokenized data", data.fingerprint)
         progress = stack.enter_context(Progress(total_steps, start_step, topology.is_rank_zero))
         logger = None
         if topology.is_rank_zero:
@@ -243,27 +173,23 @@ def run(config: Config, inputs: Inputs) -> None:
             logger = stack.enter_context(
                 open_loggers(config.logger, str(log_dir), dataclasses.asdict(config), start_step)
             )
-
-        begin = time.perf_counter()
-        stage = build_stage(config, inputs.files, topology)
-        train_reference, validation_reference = sweep(config, stage, inputs, progress)
-        reference_s = time.perf_counter() - begin
-
+        stage, references, reference_s = build_and_sweep(config, inputs, topology, progress)
         training = build_training(stage.model, config.policy, topology, total_steps=total_steps)
         if inputs.checkpoint is not None:
             load_checkpoint(inputs.checkpoint, stage.model, training, topology)
             progress.message(f"resumed {inputs.checkpoint}: {start_step} of {total_steps} steps")
         validation_set = None
         if data.validation is not None:
-            validation_set = PairSet(pairs=data.validation, reference=validation_reference)
+            validation_set = PairSet(pairs=data.validation, reference=references["validation"])
         loop_state = Run(
             config=config,
             stage=dataclasses.replace(stage, module=training.ddp),
             training=training,
-            train_set=PairSet(pairs=data.train, reference=train_reference),
+            train_set=PairSet(pairs=data.train, reference=references["training"]),
             validation_set=validation_set,
             logger=logger,
             progress=progress,
+            data_fingerprint=data.fingerprint,
             reference_s=reference_s,
         )
         train(loop_state, start_step=start_step, total_steps=total_steps)
@@ -279,32 +205,44 @@ def run(config: Config, inputs: Inputs) -> None:
             progress.message(f"run folder:     {log_dir}")
             if config.checkpointing.export_hf:
                 progress.message(f"exported model: {log_dir / 'hf'}")
-            progress.message(f"to go on:       {continue_command(config, inputs)}")
+            progress.message(how_to_go_on(config, inputs))
+    # Not after an exception: a rank that fails must end at once, without waiting for its peers.
+    destroy_topology()
 
 
-def build_stage(config: Config, files: Any, topology: Any) -> Any:
-    """This rank's stage of a model, with its weights."""
-    from reinforcer_tp.mcore.model import build_model
-    from reinforcer_tp.mcore.schedule import Stage
-    from reinforcer_tp.mcore.weights import load_weights
+def build_and_sweep(
+    config: Config, inputs: Inputs, topology: Any, progress: Any
+) -> tuple[Any, dict, float]:
+    """The policy's stage, the reference log-probs of both sets, and the seconds those took.
 
-    model = build_model(files.hf_config, config.policy, topology)
-    load_weights(model, files.reader, topology)
-    return Stage(
-        model=model, module=model.core, topology=topology, kernel_impl=config.policy.kernel_impl
-    )
-
-
-def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> tuple[dict, dict]:
-    """Reference log-probs of the training and validation pairs that this run will use.
-
-    A reference of its own is built, swept and dropped before there is an optimizer.
+    A reference of its own is built, swept and dropped before the policy is built.
     """
+
+    def build(files: Any) -> Any:
+        from reinforcer_tp.mcore.model import build_model
+        from reinforcer_tp.mcore.schedule import Stage
+        from reinforcer_tp.mcore.weights import load_weights
+
+        model = build_model(files.hf_config, config.policy, topology)
+        load_weights(model, files.reader, topology)
+        impl = config.policy.kernel_impl
+        return Stage(model=model, module=model.core, topology=topology, kernel_impl=impl)
+
+    stage = build(inputs.reference_files or inputs.files)
+    begin = time.perf_counter()
+    references = sweep(config, stage, inputs, progress)
+    reference_s = time.perf_counter() - begin
+    if inputs.reference_files is not None:
+        del stage
+        stage = build(inputs.files)
+    return stage, references, reference_s
+
+
+def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> dict[str, dict]:
+    """Reference log-probs of the training and validation pairs that this run will use."""
     from reinforcer_tp.loop import micro_batching, train_rows, validation_batches
     from reinforcer_tp.reference import sweep_reference
 
-    if inputs.reference_files is not None:
-        stage = build_stage(config, inputs.reference_files, stage.topology)
     data = inputs.data
     steps = range(inputs.start_step + 1, inputs.total_steps + 1)
     rows = [row for step in steps for row in train_rows(config, len(data.train), step)]
@@ -312,9 +250,8 @@ def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> tuple[di
     if data.validation is not None:
         batches = validation_batches(config, len(data.validation))
         sets["validation"] = (data.validation, [row for batch in batches for row in batch])
-    found = {"validation": {}}
-    for name, (pairs, wanted) in sets.items():
-        found[name] = sweep_reference(
+    return {
+        name: sweep_reference(
             stage,
             pairs,
             wanted,
@@ -322,24 +259,29 @@ def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> tuple[di
             batch_size=config.policy.train_global_batch_size,
             on_progress=lambda text, name=name: progress.message(f"reference, {name}: {text}"),
         )
-    return found["training"], found["validation"]
+        for name, (pairs, wanted) in sets.items()
+    }
 
 
-def continue_command(config: Config, inputs: Inputs) -> str:
-    """A command that makes the run twice as long, whatever its overrides were."""
+def how_to_go_on(config: Config, inputs: Inputs) -> str:
+    """How to make the run twice as long: the command, where it is this simple."""
+    if not config.checkpointing.enabled:
+        return "without checkpointing.enabled there is nothing to go on from"
     steps = 2 * inputs.total_steps
     extend = [f"dpo.max_num_steps={steps}"]
-    epochs = -(-steps * config.policy.train_global_batch_size // len(inputs.data.train))
+    an_epoch = len(inputs.data.train) // config.policy.train_global_batch_size  # steps
+    epochs = -(-steps // an_epoch)
     if epochs > config.dpo.max_num_epochs:
         extend.append(f"dpo.max_num_epochs={epochs}")
-    recorded = Path(config.logger.log_dir) / "config.yaml"
-    script = os.path.relpath(__file__)
+    if _world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return f"to go on:       the same command with {' '.join(extend)}"
     torchrun = Path(sys.executable).with_name("torchrun")  # of this environment, active or not
     launcher = (
         "torchrun" if shutil.which("torchrun") == str(torchrun) else os.path.relpath(torchrun)
     )
-    launch = [launcher, "--nproc-per-node", str(_world_size()), script]
-    return shlex.join([*launch, "--config", str(recorded), *extend])
+    launch = [launcher, "--nproc-per-node", str(_world_size()), os.path.relpath(__file__)]
+    recorded = Path(config.logger.log_dir) / "config.yaml"
+    return f"to go on:       {shlex.join([*launch, '--config', str(recorded), *extend])}"
 
 
 def quiet_libraries() -> None:

@@ -41,8 +41,10 @@ class SegmentGroup:
     slots: Tensor  # (T_g,) int64: where those tokens stand in the flattened (S_g * L)
 
 
-def segment_groups(cu_seqlens: Tensor) -> tuple[SegmentGroup, ...]:
-    """Groups segments of similar length. `cu_seqlens` (S + 1,) on the CPU, any integer dtype."""
+def segment_groups(
+    cu_seqlens: Tensor, device: torch.device | str = "cpu"
+) -> tuple[SegmentGroup, ...]:
+    """Groups segments of similar length, on `device`. `cu_seqlens` (S + 1,) integers on the CPU."""
     lengths = cu_seqlens.diff()
     order = torch.argsort(lengths, descending=True, stable=True).tolist()
     batches: list[list[int]] = []
@@ -54,10 +56,12 @@ def segment_groups(cu_seqlens: Tensor) -> tuple[SegmentGroup, ...]:
             batches[-1].append(segment)
         else:
             batches.append([segment])
-    return tuple(_segment_group(cu_seqlens, lengths, batch) for batch in batches)
+    return tuple(_segment_group(cu_seqlens, lengths, batch, device) for batch in batches)
 
 
-def _segment_group(cu_seqlens: Tensor, lengths: Tensor, segments: list[int]) -> SegmentGroup:
+def _segment_group(
+    cu_seqlens: Tensor, lengths: Tensor, segments: list[int], device: torch.device | str
+) -> SegmentGroup:
     index = torch.tensor(segments)
     start, length = cu_seqlens[index].long(), lengths[index].long()
     longest = int(length.max())
@@ -65,7 +69,9 @@ def _segment_group(cu_seqlens: Tensor, lengths: Tensor, segments: list[int]) -> 
     is_real = offset < length[:, None]
     gather = start[:, None] + torch.minimum(offset, length[:, None] - 1)
     return SegmentGroup(
-        gather=gather, rows=gather[is_real], slots=is_real.flatten().nonzero().squeeze(1)
+        gather=gather.to(device),
+        rows=gather[is_real].to(device),
+        slots=is_real.flatten().nonzero().squeeze(1).to(device),
     )
 
 

@@ -9,6 +9,7 @@ no dropout, so no generator state decides anything after the weights are drawn.
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.optim import Training
-from reinforcer_tp.mcore.topology import Topology, layout_of
+from reinforcer_tp.mcore.topology import Topology
 
 _FORMAT = 1
 
@@ -55,6 +56,7 @@ def save_checkpoint(
     topology: Topology,
     *,
     fingerprint: str,
+    data_fingerprint: str,
     metrics: dict[str, float],
 ) -> Path:
     """Writes `directory/step_N`, built under another name and renamed when whole. Collective."""
@@ -77,7 +79,8 @@ def save_checkpoint(
             "layout": topology.layout(),
             "sharded_optimizer": _is_sharded(training),
             "fingerprint": fingerprint,
-            "metrics": metrics,
+            "data_fingerprint": data_fingerprint,
+            "metrics": {n: v if math.isfinite(v) else None for n, v in metrics.items()},
             "scheduler": {"num_steps": training.scheduler.num_steps},
             "group_steps": _group_steps(training),
             "grad_scaler": _scaler_state(training),
@@ -90,14 +93,28 @@ def save_checkpoint(
 
 
 def check_resumable(
-    folder: Path, state: dict[str, Any], *, world_size: int, tp_size: int, pp_size: int
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    fingerprint: str,
+    data_fingerprint: str,
+    layout: dict[str, int],
 ) -> None:
-    """Raises ValueError when the checkpoint was written under another layout."""
-    here = layout_of(world_size, tp_size, pp_size)
-    if state["layout"] != here:
-        changed = [
-            f"{k}={v} there, {here[k]} here" for k, v in state["layout"].items() if v != here[k]
-        ]
+    """Raises ValueError when the checkpoint is of another configuration, data or layout."""
+    if state["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} belongs to a run of another configuration; "
+            "choose another checkpointing.checkpoint_dir"
+        )
+    if state["data_fingerprint"] != data_fingerprint:
+        raise ValueError(
+            f"the data has changed since {folder} was written (rows, tokenizer or chat template); "
+            "put it back, or choose another logger.log_dir"
+        )
+    changed = [
+        f"{k}={v} there, {layout[k]} here" for k, v in state["layout"].items() if v != layout[k]
+    ]
+    if changed:
         raise ValueError(
             f"{folder} was written under another layout ({', '.join(changed)}), and resuming "
             "across layouts is not built: use the same sizes, or a new logger.log_dir"

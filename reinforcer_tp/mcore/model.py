@@ -94,6 +94,11 @@ def model_shape(hf_config: Any) -> ModelShape:
 
 
 def _refuse_unbuilt(hf_config: Any, architecture: str) -> None:
+    if getattr(hf_config, "quantization_config", None):
+        raise ValueError(
+            f"the weights of this {architecture} are quantized (quantization_config in its "
+            "config.json), which is not built; give the float32, bfloat16 or float16 weights"
+        )
     expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     for key, value in expected.items():
         got = getattr(hf_config, key, value)
@@ -102,24 +107,6 @@ def _refuse_unbuilt(hf_config: Any, architecture: str) -> None:
     partial = (getattr(hf_config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise ValueError(f"{architecture} with partial_rotary_factor={partial} is not built")
-
-
-def check_window(hf_config: Any, max_length: int) -> None:
-    """Refuses lengths at which the model's sliding window would hide keys.
-
-    `max_length`: tokens of the longest sequence. Attention here is full within a sequence, which is
-    the same thing as long as every sequence fits the window.
-    """
-    window = getattr(hf_config, "sliding_window", None)
-    layer_types = getattr(hf_config, "layer_types", None) or []
-    is_used = getattr(hf_config, "use_sliding_window", True) and (
-        not layer_types or "sliding_attention" in layer_types
-    )
-    if window and is_used and max_length > window:
-        raise ValueError(
-            f"policy.max_total_sequence_length={max_length} exceeds the model's sliding_window="
-            f"{window}, and sliding-window attention is not built; use at most {window}"
-        )
 
 
 def rope_frequencies(hf_config: Any) -> tuple[Tensor, float]:
@@ -296,26 +283,25 @@ class PolicyModel:
     core: HiddenStateModel
     config: TransformerConfig
     shape: ModelShape
-    inverse_frequencies: Tensor  # (E/2,) float32
+    inverse_frequencies: Tensor  # (E/2,) float32, on the model's device
     rope_factor: float
 
     def attention_params(self, batch: Any) -> PackedAttentionParams:
-        """Rope tables and segments of one `PackedBatch`, on the batch's device."""
-        angles = batch.position_ids[:, None].float() * self.inverse_frequencies.to(
-            batch.position_ids.device
-        )
+        """Rope tables and segments of one `PackedBatch` of the host, on the model's device."""
+        device = self.inverse_frequencies.device
+        position_ids = batch.position_ids.to(device, torch.float32, non_blocking=True)
+        angles = position_ids[:, None] * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (T, E)
-        device = batch.tokens.device
         has_kernel = device.type == "cuda" and self.config.params_dtype.itemsize == 2
         assert batch.kv_index is None, "shared prompts are not built"
         return PackedAttentionParams(
             cos=angles.cos() * self.rope_factor,
             sin=angles.sin() * self.rope_factor,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            cu_seqlens_kv=batch.cu_seqlens_kv,
+            cu_seqlens_q=batch.cu_seqlens_q.to(device, non_blocking=True),
+            cu_seqlens_kv=batch.cu_seqlens_kv.to(device, non_blocking=True),
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_kv=batch.max_seqlen_kv,
-            groups=None if has_kernel else segment_groups(batch.cu_seqlens_q.cpu()),
+            groups=None if has_kernel else segment_groups(batch.cu_seqlens_q, device),
         )
 
 
@@ -325,7 +311,6 @@ def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
     `hf_config` is transformers' config object, `policy` the config section.
     """
     shape = model_shape(hf_config)
-    check_window(hf_config, policy.max_total_sequence_length)
     config = transformer_config(
         shape, policy.megatron_cfg, dtype=DTYPES[policy.precision], topology=topology
     )
@@ -347,7 +332,7 @@ def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
         core=core,
         config=config,
         shape=shape,
-        inverse_frequencies=inverse_frequencies,
+        inverse_frequencies=inverse_frequencies.to(topology.device),
         rope_factor=rope_factor,
     )
 

@@ -70,7 +70,7 @@ def forward_backward(
 
     def report(batch: PackedBatch, hidden: Tensor):
         loss_sum, metrics = loss_function(response_logps(stage, hidden, batch), batch)
-        num_pairs = torch.tensor(batch.num_pairs, dtype=torch.int, device=hidden.device)
+        num_pairs = torch.full((), batch.num_pairs, dtype=torch.int, device=hidden.device)
         return loss_sum, num_pairs, metrics
 
     return _run(stage, batches, report, forward_only=forward_only, collect_non_loss_data=False)
@@ -100,12 +100,14 @@ def _run(
     assert not is_pipelined or all(b.tokens.shape[0] == row_length for b in batches)
 
     def forward_step(iterator, module):
-        batch = next(iterator).to(stage.topology.device)
+        host_batch = next(iterator)
+        attention_params = stage.model.attention_params(host_batch)
+        batch = host_batch.to(stage.topology.device)
         hidden = module(
             input_ids=batch.tokens[None],
             position_ids=None,
             attention_mask=None,
-            packed_seq_params=stage.model.attention_params(batch),
+            packed_seq_params=attention_params,
         )
         return hidden, partial(report, batch)
 
@@ -135,7 +137,7 @@ def reduce_metrics(
     """
     values = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
     if topology.is_last_stage:
-        values += torch.tensor([sums[n] for n in names], dtype=torch.float64)
+        values += torch.tensor([sums[n] for n in names], dtype=torch.float64, device=values.device)
         dist.all_reduce(values, group=topology.dp_group)
     if topology.pp_size > 1:
         last = dist.get_global_rank(topology.pp_group, topology.pp_size - 1)

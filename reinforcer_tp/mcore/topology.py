@@ -6,12 +6,14 @@ Megatron's `parallel_state` is read here and nowhere else.
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.mcore.cpu import apply_cpu_support
 
 
@@ -110,16 +112,32 @@ def _init_process_group(backend: str, timeout: datetime.timedelta) -> None:
         )
 
 
-def check_same_everywhere(what: str, value: str) -> None:
-    """Raises RuntimeError on every rank when some rank holds another `value`. Collective."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    others = [rank for rank, other in enumerate(values) if other != values[0]]
-    if others:
-        raise RuntimeError(
-            f"{what} of ranks {others[:8]} differs from rank 0's; expected the same on every node: "
-            "give all of them the same files"
+def check_device_count(local_world_size: int) -> None:
+    """Raises ConfigError when a node has CUDA devices, but fewer than processes."""
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and count < local_world_size:
+        raise ConfigError(
+            f"{local_world_size} processes on a node with {count} CUDA devices; expected one each: "
+            f"start torchrun with --nproc-per-node {count}, or hide the devices with "
+            'CUDA_VISIBLE_DEVICES="" to run on the CPU'
         )
+
+
+def check_same_everywhere(facts: dict[str, Any]) -> None:
+    """Raises ConfigError on every rank when some rank knows otherwise. Collective.
+
+    Ranks that do different things would wait for each other until a collective times out.
+    """
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for name, value in everyone[0].items():
+        others = [rank for rank, found in enumerate(everyone) if found[name] != value]
+        if others:
+            raise ConfigError(
+                f"{name} differs between ranks: {value!r} on rank 0, "
+                f"{everyone[others[0]][name]!r} on rank {others[0]} ({len(others)} in all); "
+                "expected the same: logger.log_dir and the data must be the same on every node"
+            )
 
 
 def destroy_topology() -> None:

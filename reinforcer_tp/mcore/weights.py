@@ -22,6 +22,7 @@ from reinforcer_tp.mcore.model import HiddenStateModel, ModelShape, PolicyModel
 from reinforcer_tp.mcore.topology import Topology
 
 _MAX_FILE_BYTES = 4 << 30
+_DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 # A reader gives rows and columns [start, stop) of a Hugging Face tensor; None = all of them.
 Range = tuple[int, int] | None
@@ -111,7 +112,7 @@ class SafetensorsReader:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files = _weight_map(index)
         else:
             found = sorted(self.folder.glob("*.safetensors"))
             if not found:
@@ -142,7 +143,13 @@ class SafetensorsReader:
                 f"tensor {name!r} is missing from {self.folder} ({len(self.files)} tensors there); "
                 "expected every tensor that its config.json implies"
             )
-        got = tuple(self._slice(name).get_shape())
+        part = self._slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"tensor {name!r} in {self.folder} is {part.get_dtype()}, expected one of "
+                f"{', '.join(_DTYPES)}: quantized weights are not built"
+            )
+        got = tuple(part.get_shape())
         if got != expected:
             raise ValueError(
                 f"tensor {name!r} in {self.folder} has shape {got}, "
@@ -161,6 +168,17 @@ class SafetensorsReader:
         if file not in self._handles:
             self._handles[file] = self._open(file)
         return self._handles[file].get_slice(name)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index} cannot be read as JSON: {error}") from error
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to files")
+    return files
 
 
 class RandomReader:

@@ -88,14 +88,20 @@ VARIANTS = {
 }
 
 CASES = [
-    *(("stories", "plain", layout) for layout in LAYOUTS if LAYOUTS[layout].nproc <= 2),
+    ("stories", "plain", "tp1-one-pair"),
+    ("stories", "plain", "tp1-whole-batch"),
+    ("stories", "plain", "tp2-token-budget"),
+    ("stories", "plain", "tp2-sequence-parallel"),
+    ("stories", "plain", "pp2-two-pairs"),
+    ("stories", "plain", "pp2-recompute"),
+    ("stories", "plain", "dp2-whole-batch"),
     ("stories", "averaged-with-sft", "dp2-token-budget"),
     ("random", "plain", "tp1-whole-batch"),
     ("random", "sft-summed", "tp2-sequence-parallel"),
     ("random", "averaged-with-sft", "pp2-two-pairs"),
     ("random", "plain", "tp2-pp2-sequence-parallel"),
     ("random", "schedule-no-clipping", "dp2-tp2-sequence-parallel"),
-    ("random-weighted", "sft-summed", "dp2-token-budget"),
+    ("random-weighted", "sft-summed", "dp2-plain-optimizer"),
 ]
 
 
@@ -175,11 +181,10 @@ def test_eight_steps_on_a_gpu(precision, oracle_config, expected_of, tmp_path):
             assert steps[step][name] == pytest.approx(want[name], rel=2e-2)
 
 
-@pytest.mark.parametrize("layout", ["tp1-one-pair", "pp2-two-pairs"])
-def test_first_step_is_ln2_at_a_large_beta(layout, oracle_config, tmp_path):
+def test_first_step_is_ln2_at_a_large_beta(oracle_config, tmp_path):
     """A large beta magnifies any difference between the policy's and the reference's forward."""
     config = replace(oracle_config("random"), beta=5.0, num_steps=1)
-    plan = LAYOUTS[layout]
+    plan = LAYOUTS["tp2-sequence-parallel"]
     result = run_train(
         [*trainer_overrides(config), *plan.overrides], log_dir=tmp_path / "run", nproc=plan.nproc
     )

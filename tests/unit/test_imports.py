@@ -20,10 +20,15 @@ ALLOWED = {
         "reinforcer_tp.progress",
         "reinforcer_tp.trackers",
     ),
-    "reinforcer_tp/mcore": ("kernels", "reinforcer_tp.data.loader"),
+    "reinforcer_tp/mcore": (
+        "kernels",
+        "reinforcer_tp.config_check",
+        "reinforcer_tp.data.loader",
+    ),
     "reinforcer_tp/reference.py": ("reinforcer_tp.data", "reinforcer_tp.mcore"),
     "reinforcer_tp/loop.py": (
         "reinforcer_tp.config",
+        "reinforcer_tp.config_check",
         "reinforcer_tp.data",
         "reinforcer_tp.flops",
         "reinforcer_tp.loss",

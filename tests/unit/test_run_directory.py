@@ -83,6 +83,7 @@ def make_checkpoint(directory, step, metrics):
         "data_parallel_size": 1,
     }
     state = {"format": 1, "step": step, "metrics": metrics, "layout": layout}
+    state |= {"fingerprint": "f", "data_fingerprint": "d"}
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -117,9 +118,18 @@ def test_a_torn_or_foreign_state_is_refused(tmp_path):
         read_state(tmp_path / "step_1")
 
 
-def test_another_layout_is_refused_by_name(tmp_path):
+def test_what_cannot_be_resumed_is_refused_by_name(tmp_path):
     make_checkpoint(tmp_path, 1, {})
     state = read_state(tmp_path / "step_1")
-    check_resumable(tmp_path, state, world_size=2, tp_size=2, pp_size=1)
-    with pytest.raises(ValueError, match="tensor_model_parallel_size=2 there, 1 here"):
-        check_resumable(tmp_path, state, world_size=2, tp_size=1, pp_size=1)
+    here = {"fingerprint": "f", "data_fingerprint": "d", "layout": state["layout"]}
+    check_resumable(tmp_path, state, **here)
+    for change, says in (
+        ({"fingerprint": "g"}, "another configuration"),
+        ({"data_fingerprint": "e"}, "data has changed"),
+        (
+            {"layout": state["layout"] | {"tensor_model_parallel_size": 1}},
+            "tensor_model_parallel_size=2 there, 1 here",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_resumable(tmp_path, state, **(here | change))

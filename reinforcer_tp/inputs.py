@@ -1,0 +1,136 @@
+"""What a run reads before any process group exists: model, tokenizer, data, checkpoint.
+
+Every rank reads alike and finds the same mistakes, so that bad input ends all of them at once.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforcer_tp.config import Config, ConfigError, fingerprint
+from reinforcer_tp.data.micro_batches import check_pairs_fit
+from reinforcer_tp.data.prepare import PreparedData, prepare_data
+from reinforcer_tp.data.tokenizer import load_tokenizer
+from reinforcer_tp.embedded import ensure_embedded
+from reinforcer_tp.hf_files import ModelFiles, check_vocabulary, open_model
+from reinforcer_tp.loop import num_steps
+from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
+from reinforcer_tp.mcore.model import choose_layer_spec
+from reinforcer_tp.mcore.topology import check_device_count, layout_of
+from reinforcer_tp.metrics import check_loggers
+from reinforcer_tp.run_directory import finished_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Checked, and equal on every rank but for what lies on another node's disk."""
+
+    files: ModelFiles
+    reference_files: ModelFiles | None  # None = the policy's
+    tokenizer: Any
+    data: PreparedData
+    total_steps: int  # optimizer steps of the whole run
+    checkpoint: Path | None  # to go on from
+    start_step: int  # optimizer steps that it holds
+    finished_step: int | None  # where this run ended before; None = it has not
+
+
+def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
+    """Raises ConfigError or ValueError, one line. `holds_run`: logger.log_dir has this run."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_device_count(local_world_size)
+    check_loggers(config.logger)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_layer_spec(config.policy.layer_spec, device)  # refuses what is not there
+    policy, data_section, reference_name = config.policy, config.data, config.reference.model_name
+    embedded = None
+    if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
+        embedded = ensure_embedded()
+    if data_section.dataset_name == "embedded":
+        data_section = dataclasses.replace(
+            data_section,
+            dataset_name="auto",
+            train_data_path=embedded.train,
+            val_data_path=embedded.validation,
+        )
+    files = open_model(config, policy.model_name, embedded)
+    reference_files = None
+    if reference_name not in (None, policy.model_name):
+        reference_files = open_model(config, reference_name, embedded)
+    tokenizer = load_tokenizer(
+        policy.tokenizer.name or str(files.folder), policy.tokenizer.chat_template
+    )
+    check_vocabulary(tokenizer, files, reference_files)
+    data = prepare_data(
+        data_section,
+        tokenizer=tokenizer,
+        max_total_sequence_length=policy.max_total_sequence_length,
+        chat_template_kwargs=policy.tokenizer.chat_template_kwargs,
+        is_local_leader=os.environ.get("LOCAL_RANK", "0") == "0",
+    )
+    if config.dpo.val_period <= 0:
+        data = dataclasses.replace(data, validation=None)
+    for pairs in filter(None, (data.train, data.validation)):
+        check_pairs_fit(pairs, policy.micro_batch_tokens)
+    total_steps = num_steps(config, len(data.train))
+    checkpoint, start_step = _resume_point(config, data.fingerprint, world_size)
+    finished_step = finished_steps(config) if holds_run else None
+    _check_steps(config, total_steps, start_step, finished_step)
+    return Inputs(
+        files=files,
+        reference_files=reference_files,
+        tokenizer=tokenizer,
+        data=data,
+        total_steps=total_steps,
+        checkpoint=checkpoint,
+        start_step=start_step,
+        finished_step=finished_step,
+    )
+
+
+def _resume_point(
+    config: Config, data_fingerprint: str, world_size: int
+) -> tuple[Path | None, int]:
+    """(checkpoint to go on from, optimizer steps done): the newest one of this run, if any."""
+    found = list_checkpoints(Path(config.checkpoint_dir))
+    if not config.checkpointing.enabled or not found:
+        return None, 0
+    step, folder = list(found.items())[-1]
+    if config.checkpointing.resume == "never":
+        raise ConfigError(
+            f"{folder} exists and checkpointing.resume=never; "
+            "choose another checkpointing.checkpoint_dir, or use checkpointing.resume=auto"
+        )
+    megatron = config.policy.megatron_cfg
+    check_resumable(
+        folder,
+        read_state(folder),
+        fingerprint=fingerprint(config),
+        data_fingerprint=data_fingerprint,
+        layout=layout_of(
+            world_size,
+            megatron.tensor_model_parallel_size,
+            megatron.pipeline_model_parallel_size,
+        ),
+    )
+    return folder, step
+
+
+def _check_steps(
+    config: Config, total_steps: int, start_step: int, finished_step: int | None
+) -> None:
+    if start_step > total_steps:
+        raise ConfigError(
+            f"the checkpoint of step {start_step} in {config.checkpoint_dir} is past the "
+            f"{total_steps} steps of this run; raise dpo.max_num_steps or dpo.max_num_epochs, or "
+            "choose another logger.log_dir"
+        )
+    if finished_step is not None and start_step < finished_step < total_steps:
+        raise ConfigError(
+            f"{config.logger.log_dir} holds this run, finished after {finished_step} steps without "
+            "a checkpoint to go on from (checkpointing.enabled); choose another logger.log_dir"
+        )
