@@ -61,6 +61,10 @@ def test_every_make_target_exists(command):
     assert result.returncode == 0, result.stderr
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@@|TODO|TBD|XXX", README)
+
+
 def test_every_file_it_names_exists():
     for name in re.findall(r"(?:configs|slurm|docs)/[\w./]+\.(?:yaml|sh|py)", README):
         assert (ROOT / name).is_file(), name
