@@ -13,6 +13,7 @@ from reinforcer_tp.config import (
     load_config,
     to_yaml,
 )
+from reinforcer_tp.trackers import flatten
 
 _FINISHED = "finished.json"
 
@@ -52,7 +53,7 @@ def check_run_directory(config: Config) -> bool:
 
 
 def _differences(before: Config, after: Config) -> str:
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
+    old, new = flatten(dataclasses.asdict(before)), flatten(dataclasses.asdict(after))
     changed = [k for k in old if old[k] != new.get(k) and _decides_numbers(k)]
     shown = [f"{k}: {old[k]!r} there, {new.get(k)!r} here" for k in changed[:4]]
     return "; ".join(shown) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
@@ -60,16 +61,6 @@ def _differences(before: Config, after: Config) -> str:
 
 def _decides_numbers(key: str) -> bool:
     return not any(key == k or key.startswith(k + ".") for k in NOT_IN_FINGERPRINT)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def write_run_directory(config: Config, environment: dict[str, Any], report: dict) -> None:

@@ -83,7 +83,7 @@ def _open_mlflow(section, log_dir: Path, config_dict: dict, run_id: str | None) 
         mlflow.set_experiment(section.experiment_name)
     run = mlflow.start_run(run_id=run_id, run_name=section.run_name)
     if run_id is None:  # MLflow refuses a parameter's second value
-        params = list(_flat(config_dict).items())
+        params = list(flatten(config_dict).items())
         for start in range(0, len(params), _MAX_MLFLOW_PARAMS):
             mlflow.log_params(dict(params[start : start + _MAX_MLFLOW_PARAMS]))
 
@@ -149,9 +149,10 @@ def _is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None  # a plain folder ./wandb has no origin
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict:
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Nested mappings as one, keys joined by dots."""
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat

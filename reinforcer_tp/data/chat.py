@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import PreferencePair
+from reinforcer_tp.data.shapes import common_length
 from reinforcer_tp.data.tokenizer import check_tokenizer, load_tokenizer, text_start
 
 __all__ = ["EncodeOptions", "EncodedPair", "PairEncoder", "encode_pair", "load_tokenizer"]
@@ -156,7 +157,7 @@ class PairEncoder:
         if not pair.is_chat:
             prompt = self.start + prompt
             chosen, rejected = (self._end(self.start + side) for side in (chosen, rejected))
-        length = min(common_prefix_length(prompt, side) for side in (chosen, rejected))
+        length = min(common_length(prompt, side) for side in (chosen, rejected))
         mismatch = None if length == len(prompt) else self.tokenizer.decode(prompt[length:])
         prompt, chosen, rejected = prompt[:length], chosen[length:], rejected[length:]
         for name, response in (("chosen", chosen), ("rejected", rejected)):
@@ -184,11 +185,6 @@ class PairEncoder:
         """`ids` with EOS once, also where the text already spells it out."""
         eos = self.tokenizer.eos_token_id
         return ids if ids[-1] == eos else [*ids, eos]
-
-
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _fit(

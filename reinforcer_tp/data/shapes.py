@@ -12,7 +12,7 @@ Optional columns: weight (>= 0), tie (bool), tools, chat_template_kwargs (messag
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -174,7 +174,7 @@ def _split_text(chosen: str, rejected: str) -> PreferencePair:
 
 def _hh_rlhf_prompt_length(chosen: str, rejected: str) -> int:
     """The prompt ends with the last "Assistant:" that both share; no human speaks after it."""
-    common = _common_length(chosen, rejected)
+    common = common_length(chosen, rejected)
     length = chosen.rfind(ASSISTANT, 0, common) + len(ASSISTANT)
     if length < len(ASSISTANT) or HUMAN in chosen[length:] or HUMAN in rejected[length:]:
         raise UnusableRow("different_prompts")
@@ -199,10 +199,11 @@ def _split_messages(chosen: Messages, rejected: Messages) -> PreferencePair:
 
 def _prompt_length(chosen: str | Messages, rejected: str | Messages) -> int:
     """Items both begin with, but for the last of either side (TRL's extract_prompt)."""
-    return max(0, min(_common_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    return max(0, min(common_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
 
 
-def _common_length(first: str | Messages, second: str | Messages) -> int:
+def common_length(first: Sequence, second: Sequence) -> int:
+    """Items (characters, messages, token ids) that both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
