@@ -108,7 +108,11 @@ BAD_LAYOUTS = [
     (2, ["policy.train_global_batch_size=1"], ("train_global_batch_size=1", "at least 2")),
     (2, ["cluster.gpus_per_node=2", "cluster.num_nodes=2"], ("is 4 processes", "but 2")),
     (2, ["cluster.gpus_per_node=8"], ("gpus_per_node=8", "--nproc-per-node 8")),
-    (4, ["cluster.num_nodes=3"], ("cluster.num_nodes=3 does not divide the 4",)),
+    (
+        4,
+        ["cluster.num_nodes=3"],
+        ("cluster.num_nodes=3, but torchrun started 4 processes, 2 of them on this node",),
+    ),
     (1, ["data.dataset_name=auto"], ("data.dataset_name=auto", "data.train_data_path")),
     (1, ["data.train_data_path=a.jsonl"], ("data.train_data_path", "data.dataset_name=auto")),
     (1, ["data.dataset_name=helpsteer3"], ("did you mean HelpSteer3?",)),

@@ -141,7 +141,7 @@ def test_tokenizer_round_trips_any_text(tokenizer, text):
     assert tokenizer.decode(ids) == text
     with_bos = tokenizer(text)["input_ids"]
     assert with_bos == [tokenizer.bos_token_id, *ids]
-    if not any(token in text for token in tokenizer.all_special_tokens):
+    if not any(t.content in text for t in tokenizer.added_tokens_decoder.values()):
         assert tokenizer.decode(with_bos, skip_special_tokens=True) == text
 
 
@@ -264,13 +264,6 @@ def train_plain_dpo(paths, tokenizer, *, steps: int, with_prompt: bool = True):
     with torch.no_grad():
         won = margins(answer_logps(model, held_out), held_out_reference) > 0
     return losses, won.float().mean().item()
-
-
-def test_dpo_learns_held_out_prompts(paths, tokenizer):
-    losses, accuracy = train_plain_dpo(paths, tokenizer, steps=40)
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert losses[-1] < 0.2
-    assert accuracy >= 0.95
 
 
 def test_dpo_without_the_prompt_learns_nothing(paths, tokenizer):
