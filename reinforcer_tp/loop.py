@@ -138,6 +138,11 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
     for step in range(start_step + 1, total_steps + 1):
         metrics = train_step(run, step, is_first=step == start_step + 1)
         run.progress.update(step, metrics)
+        if not np.isfinite(metrics["train/grad_norm"]):
+            run.progress.message(
+                f"step {step} changed no weight: a gradient overflowed float16; the loss scale is "
+                "halved"
+            )
         if run.logger is not None:
             run.logger.log(step, metrics)
         latest |= metrics
@@ -285,7 +290,8 @@ def _blame(
     where = "; ".join(places) or "no single micro-batch: every loss is finite, the gradient is not"
     return (
         f"step {step}: the {what} is not finite ({where}). The weights of step {step - 1} are "
-        "untouched; lower policy.megatron_cfg.optimizer.lr, or look at the rows"
+        "untouched; lower policy.megatron_cfg.optimizer.lr, or look at the rows and at the "
+        "model's weights"
     )
 
 

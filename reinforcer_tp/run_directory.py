@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,15 @@ def check_run_directory(config: Config) -> bool:
     folder = Path(config.logger.log_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"logger.log_dir={folder} is a file; expected a folder; choose another")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
+        parent = next(p for p in folder.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"logger.log_dir={folder} cannot be made: {parent} is no folder that this user may "
+                "write to; choose another"
+            )
+        return False
+    if not any(folder.iterdir()):
         return False
     recorded = folder / "config.yaml"
     if not recorded.is_file():
@@ -66,7 +75,10 @@ def _decides_numbers(key: str) -> bool:
 def write_run_directory(config: Config, environment: dict[str, Any], report: dict) -> None:
     """Writes config.yaml, environment.json and data_report.json. Rank 0 only."""
     folder = Path(config.logger.log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"logger.log_dir={folder} cannot be made: {error}") from error
     (folder / "config.yaml").write_text(to_yaml(config))
     for name, content in (("environment.json", environment), ("data_report.json", report)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

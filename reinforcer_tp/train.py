@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N reinforcer_tp/train.py --config configs/dpo.yaml key=value ...
     python reinforcer_tp/train.py --config configs/dpo.yaml --check
 
-Exit status: 0 done, 65 data or model files, 70 a number that is not finite, 78 configuration.
+Exit status: 0 done, 65 data or model files, 70 a number that is not finite, 78 configuration,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from reinforcer_tp.inputs import Inputs
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-_EXIT_DATA, _EXIT_SOFTWARE, _EXIT_CONFIG = 65, 70, 78
-_SPEAKER_HEAD_START_S = 5.0
+_EXIT_DATA, _EXIT_SOFTWARE, _EXIT_CONFIG, _EXIT_INTERRUPTED = 65, 70, 78, 130
+_SPEAKER_HEAD_START_S = 20.0
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +55,10 @@ def main(argv: list[str]) -> int:
         return prepare_and_train(config)
     except ConfigError as error:
         return fail(error, _EXIT_CONFIG)
+    except KeyboardInterrupt:
+        if _is_speaker():
+            print("interrupted; the same command goes on from the newest checkpoint", flush=True)
+        return _EXIT_INTERRUPTED
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -57,6 +57,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         check_run_directory(config_for(tmp_path))
     with pytest.raises(ConfigError, match="is a file"):
         check_run_directory(config_for(tmp_path / "thesis.tex"))
+    with pytest.raises(ConfigError, match="cannot be made"):
+        check_run_directory(config_for(tmp_path / "thesis.tex" / "runs" / "first"))
 
 
 def test_resume_never_refuses_an_existing_run(tmp_path):
