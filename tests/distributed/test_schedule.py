@@ -1,6 +1,7 @@
 """The contract with Megatron's schedule, random weights in every layout, and the optimizer step."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -160,8 +161,7 @@ def weights_after_steps(overlaps: bool, tied: bool) -> dict:
     from reinforcer_tp.mcore.topology import init_topology
     from reinforcer_tp.mcore.weights import RandomReader, full_tensors, load_weights
 
-    original = optim.DistributedDataParallelConfig
-    optim.DistributedDataParallelConfig = partial(original, bucket_size=1)
+    small_buckets = partial(optim.DistributedDataParallelConfig, bucket_size=1)
     topology = init_topology(1, 1, seed=0)
     ddp = "policy.megatron_cfg.distributed_data_parallel_config"
     config = load_config(
@@ -178,7 +178,8 @@ def weights_after_steps(overlaps: bool, tied: bool) -> dict:
     hf_config = LlamaConfig(**SHAPE, tie_word_embeddings=tied)
     model = build_model(hf_config, config.policy, topology)
     load_weights(model, RandomReader(model.shape, seed=11), topology)
-    training = optim.build_training(model, config.policy, topology, total_steps=10)
+    with mock.patch.object(optim, "DistributedDataParallelConfig", small_buckets):
+        training = optim.build_training(model, config.policy, topology, total_steps=10)
     assert not overlaps or len(training.ddp.bucket_groups) > 5
     stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
     pairs = make_pairs()[topology.dp_rank :: 2]

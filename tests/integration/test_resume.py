@@ -62,12 +62,16 @@ def succeed(overrides: list[str], log_dir: Path, nproc: int = 2) -> RunResult:
 
 
 def assert_same_steps(result: RunResult, straight: RunResult) -> None:
-    """Every step once, in order, with the numbers of the uninterrupted run."""
+    """Every step once, in order, with the numbers of the uninterrupted run.
+
+    Not bit for bit: which pairs the reference sweep packs together depends on the run's length,
+    and so does the rounding of the reference (rewards are judged against their floor of 0.05).
+    """
     steps = [line["step"] for line in result.metrics if "train/loss" in line]
     assert steps == list(range(1, len(straight.train_steps()) + 1))
     for step, want in straight.train_steps().items():
         got = result.train_steps()[step]
-        assert got == pytest.approx(want, rel=1e-6, abs=1e-7), f"step {step}"
+        assert got == pytest.approx(want, rel=1e-6, abs=1e-6), f"step {step}"
 
 
 def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
