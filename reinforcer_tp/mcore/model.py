@@ -74,7 +74,6 @@ def model_shape(hf_config: Any) -> ModelShape:
     qkv_bias, qk_norm = _FAMILIES[architecture]
     _refuse_unbuilt(hf_config, architecture)
     num_heads = hf_config.num_attention_heads
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
     return ModelShape(
         architecture=architecture,
         num_layers=hf_config.num_hidden_layers,
@@ -82,7 +81,7 @@ def model_shape(hf_config: Any) -> ModelShape:
         ffn_hidden_size=hf_config.intermediate_size,
         num_heads=num_heads,
         num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or num_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(hf_config),
         vocab_size=hf_config.vocab_size,
         norm_eps=hf_config.rms_norm_eps,
         tied=bool(hf_config.tie_word_embeddings),
@@ -91,6 +90,11 @@ def model_shape(hf_config: Any) -> ModelShape:
         initializer_range=hf_config.initializer_range,
         max_positions=hf_config.max_position_embeddings,
     )
+
+
+def _head_dim(hf_config: Any) -> int:
+    own = getattr(hf_config, "head_dim", None)
+    return own or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def _refuse_unbuilt(hf_config: Any, architecture: str) -> None:
@@ -120,10 +124,7 @@ def rope_frequencies(hf_config: Any) -> tuple[Tensor, float]:
     parameters = hf_config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind == "default":
-        head_dim = (
-            getattr(hf_config, "head_dim", None)
-            or hf_config.hidden_size // hf_config.num_attention_heads
-        )
+        head_dim = _head_dim(hf_config)
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (parameters["rope_theta"] ** exponent), 1.0
     if kind not in ("linear", "llama3", "yarn"):

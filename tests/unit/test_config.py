@@ -27,16 +27,6 @@ def load(*overrides: str) -> Config:
     return load_config(DEFAULT, list(overrides))
 
 
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text: str) -> str:
-        path = tmp_path / "a.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
 @pytest.mark.parametrize("name", ['"dpo-dev-8-gpu"', "dpo-dev-8-gpu", "'dpo-dev-8-gpu'"])
 def test_overrides_of_nemo_rl_work_verbatim(name):
     config = load(*NEMO_RL_OVERRIDES, f"logger.wandb.name={name}")

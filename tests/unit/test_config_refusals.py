@@ -25,16 +25,6 @@ def refusal(action, *arguments) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text: str) -> str:
-        path = tmp_path / "a.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
 BAD_OVERRIDES = {
     "dpo.beta=0.1": ("dpo.beta", "did you mean dpo.reference_policy_kl_penalty?"),
     "dpo.betta=0.1": ("dpo.betta", "did you mean dpo.reference_policy_kl_penalty?"),
