@@ -1,19 +1,41 @@
-"""Vocab-parallel linear log-prob: the public operator, its checks and its implementations.
+"""Vocab-parallel linear log-prob: the public operator, its checks and its autograd Function.
 
-`torch` is `kernels.reference`, the only implementation so far.
+Legend: N tokens, D hidden, V vocab rows of this rank, w columns of one chunk, R ranks.
+
+    z[n, v] = softcap((hidden[n] . weight[v] + bias[v]) / temperature)
+    logp[n] = z[n, y] - log sum_v exp z[n, v]             y = labels[n], v over all ranks' real rows
+
+The label's column is kept out of the sum. With s = sum over v != y of exp(z - m) for an anchor m,
+x = m - z[n, y] + log s gives logp = -softplus(x) and 1 - p_y = sigmoid(x), both exact to rounding
+for confident tokens, where 1 - exp(logp) has no correct digit left.
+
+    dL/dz[n, v] = g[n] (onehot(y) - p[n, v]), at the label written as g[n] sigmoid(x[n])
+    dhidden = dz @ weight, dweight = dz^T @ hidden        library GEMMs, chunk by chunk of the vocab
+
+Forward saves its inputs, x and the log of the whole sum. Backward computes each chunk of logits
+again (strict, 8NVD FLOPs in all), but for the columns whose exponentials forward kept within
+`cache_budget_bytes` (cached, 6NVD). Tensor-parallel ranks exchange 12 bytes a token in forward and
+sum dhidden in backward, which overlaps the last dweight GEMM. The two inner parts, forward's
+statistics and backward's dz, are `kernels.linear_logprob_triton` (CUDA) or `kernels.reference`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.reference import Head, linear_logprob_ref
+from kernels import reference
+from kernels.collectives import HiddenGradient, gather_rows
+from kernels.gemm import add_product, exact_matmul
+from kernels.head import Head, RowFactors, softplus
 
 
 def vocab_parallel_linear_logprob(
-    hidden: Tensor,  # (N, D)
+    hidden: Tensor,  # (N, D), or this rank's rows of it (`row_splits`)
     weight: Tensor,  # (V, D) this rank's rows of the output weight
     labels: Tensor,  # (N,) int64 or int32, ids in the whole vocabulary
     *,
@@ -25,6 +47,8 @@ def vocab_parallel_linear_logprob(
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     cache_budget_bytes: int = 0,
+    row_splits: Sequence[int] | None = None,
+    check_labels: bool | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label, and (`return_entropy`) the entropy, without the (N, V) logits.
@@ -33,7 +57,15 @@ def vocab_parallel_linear_logprob(
     vocabulary; rows from there on are padding that takes no part, whatever it holds (None: every
     row is real; only without `tp_group`). `tp_group` holds the ranks that share the vocabulary
     (None: not sharded); each passes the same `hidden` and `labels` and uses the result alike.
-    `logit_softcap` c maps z to c tanh(z / c).
+    With `row_splits` (sequence parallelism) each passes only its own rows of `hidden`,
+    `row_splits[rank]` of the N, in the order of ranks; they are gathered here and dhidden comes
+    back reduce-scattered. `logit_softcap` c maps z to c tanh(z / c).
+
+    `cache_budget_bytes` bounds what forward keeps so that backward need not multiply again; 0
+    keeps nothing. With `return_entropy` nothing is kept. `impl`: "triton" (CUDA), "torch", or
+    "auto", which is triton on CUDA and torch elsewhere. `check_labels` (None: on the CPU only)
+    looks for labels out of range; on CUDA that waits for the device, and without it such a label
+    yields -inf.
 
     Returns (N,) in float32, or float64 for float64 operands, alike on every rank. Statistics are
     kept in that precision whatever the operands are. Differentiable once in hidden, weight and
@@ -44,27 +76,157 @@ def vocab_parallel_linear_logprob(
 
     Every rank of `tp_group` must call it, also with N = 0 or without any real row.
 
-    Raises ValueError for shapes and options that do not fit and, on the CPU, for labels out of
-    range. On CUDA that check would wait for the device: there such a label yields -inf. Raises
-    NotImplementedError for what is not built yet: `impl="triton"`, `cache_budget_bytes` above 0
-    (forward's exponentials kept for backward) and second derivatives.
+    Raises ValueError for shapes, options and labels that do not fit, NotImplementedError for
+    second derivatives and for what the Triton kernels do not take (float64).
     """
     _check_operands(hidden, weight, labels, bias)
-    _check_options(temperature, logit_softcap, cache_budget_bytes, impl)
+    _check_options(temperature, logit_softcap, cache_budget_bytes)
     sharded = tp_group is not None and dist.get_world_size(tp_group) > 1
+    _check_rows(hidden, labels, row_splits, tp_group)
     vocab_size = _checked_vocab(vocab_start, vocab_size, len(weight), sharded)
-    if labels.device.type == "cpu" and labels.numel():
+    backend = _implementation(impl, hidden, weight)
+    if (labels.device.type == "cpu") if check_labels is None else check_labels:
         _check_labels(labels, vocab_size)
     head = Head(
         vocab_start=vocab_start,
         num_rows=min(max(vocab_size - vocab_start, 0), len(weight)),
         tp_group=tp_group if sharded else None,
+        row_splits=row_splits if sharded else None,
         temperature=temperature,
         softcap=logit_softcap,
         with_entropy=return_entropy,
     )
-    logps, entropy = linear_logprob_ref(hidden, weight, bias, labels, head)
+    operands = [t for t in (hidden, weight, bias) if t is not None]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    budget = cache_budget_bytes if differentiable and not return_entropy else 0
+    logps, entropy = LinearLogprobFunction.apply(
+        hidden, weight, bias, labels, head, budget, backend
+    )
     return (logps, entropy) if return_entropy else logps
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, head, cache_budget_bytes, backend):
+        ctx.head, ctx.backend = head, backend
+        ctx.set_materialize_grads(False)
+        rows = gather_rows(hidden, head)
+        with exact_matmul(rows, weight):
+            stats, ctx.cache = backend.forward_statistics(
+                rows, weight, bias, labels, head, cache_budget_bytes
+            )
+        x, lse, target, entropy = _merge_ranks(stats, head.tp_group, backend.UNIT)
+        ctx.save_for_backward(rows, weight, bias, labels, x, lse, target, entropy)
+        fused = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+        ctx.fused_weight = weight if fused else None
+        return -softplus(x), entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("vocab_parallel_linear_logprob is differentiable only once")
+        saved = ctx.saved_tensors  # unpacked once: activation recompute allows no more
+        with exact_matmul(*saved[:2]):
+            grads = _backward(ctx, saved, grad_logps, grad_entropy)
+        return *grads, None, None, None, None
+
+
+def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All ranks' statistics (3 or 4, N) -> (x, log of the whole sum, the label's z, entropy), each
+    (N,), the same on all. A logit, an anchor and lse count in `unit` nats; x and entropy in nats.
+
+    Statistics: anchor m, sum of exp(z - m), the label's z, and with entropy the sum of
+    (z - m) exp(z - m); sums run over the rank's columns without the label's. -inf = not here.
+    """
+    gathered = stats[None]
+    if group is not None:
+        # One collective over the ranks that share the vocabulary; merged in rank order.
+        gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
+        dist.all_gather_single(gathered.flatten(0, 1), stats, group=group)
+    anchors, totals, targets = gathered[:, 0], gathered[:, 1], gathered[:, 2]
+    anchor, target = anchors.amax(0), targets.amax(0)
+    scale = ((anchors - anchor) * unit).exp()
+    log_total = (totals * scale).sum(0).log()
+    x = (anchor - target) * unit + log_total
+    lse = torch.maximum(anchor + log_total / unit, target) + x.abs().neg().exp().log1p() / unit
+    if len(stats) == 3:
+        return x, lse, target, None
+    weighted = ((gathered[:, 3] + totals * (anchors - anchor)) * scale).sum(0) * unit
+    # In nats below the anchor: lse - anchor and the mean of the other columns' z - anchor.
+    above = (lse - anchor) * unit
+    mean = weighted / log_total.exp().clamp(min=torch.finfo(stats.dtype).tiny)
+    return x, lse, target, (-x).sigmoid() * softplus(x) + x.sigmoid() * (above - mean)
+
+
+def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, each None where nobody asked for it."""
+    hidden, weight, bias, labels, x, lse, target, entropy = saved
+    wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    head = ctx.head
+    # dz is made in the cache's place, so a second backward (retain_graph) multiplies again.
+    cache, ctx.cache = ctx.cache, None
+    factors = _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy)
+    grad_hidden = HiddenGradient(hidden, lse.dtype, head) if wants_hidden else None
+    grad_weight = _WeightGradient(weight, ctx.fused_weight, head) if wants_weight else None
+    grad_bias = torch.zeros_like(bias) if wants_bias else None
+    for chunk in ctx.backend.dlogit_chunks(hidden, weight, bias, labels, head, factors, cache):
+        if wants_hidden:
+            grad_hidden.add(chunk)
+            if chunk.end == head.num_rows:
+                grad_hidden.start_reduction()  # overlaps what follows
+        if wants_bias:
+            grad_bias[chunk.begin : chunk.end] = chunk.dz.sum(0, dtype=lse.dtype)
+        if wants_weight:
+            grad_weight.add(chunk, hidden)
+    return (
+        grad_hidden.finish() if wants_hidden else None,
+        grad_weight.finish() if wants_weight else None,
+        grad_bias,
+    )
+
+
+def _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy) -> RowFactors:
+    grad = torch.zeros_like(x) if grad_logps is None else grad_logps.to(x.dtype) / head.temperature
+    at_target = x.sigmoid() * grad
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.to(x.dtype) / head.temperature
+        # dH/dz = -p (log p + H)
+        at_target -= (-x).sigmoid() * (entropy - softplus(x)) * grad_entropy
+    return RowFactors(
+        lse=lse,
+        grad=grad,
+        at_target=at_target,
+        target=target,
+        grad_entropy=grad_entropy,
+        entropy=entropy,
+    )
+
+
+class _WeightGradient:
+    """Where dweight goes: a tensor of the weight's type, or straight into Megatron's main_grad."""
+
+    def __init__(self, weight: Tensor, fused_weight: Tensor | None, head: Head):
+        self.fused_weight = fused_weight
+        if fused_weight is None:
+            self.grad = torch.empty_like(weight)
+            self.grad[head.num_rows :] = 0  # padding takes no part
+        else:
+            self.grad = fused_weight.main_grad
+
+    def add(self, chunk, hidden: Tensor) -> None:
+        rows = self.grad[chunk.begin : chunk.end]
+        operand = hidden.to(chunk.dz.dtype)
+        add_product(rows, chunk.dz.t(), operand, accumulate=self.fused_weight is not None)
+
+    def finish(self) -> Tensor:
+        weight = self.fused_weight
+        if weight is None:
+            return self.grad
+        # DDP's hook wants a .grad to be there and drops it, but adds it to main_grad when
+        # `zero_out_wgrad` says that another use of the weight (a tied embedding) adds to it.
+        weight.grad_added_to_main_grad = True
+        shared = getattr(weight, "zero_out_wgrad", False)
+        return torch.zeros_like(weight) if shared else torch.empty_like(weight)
 
 
 def _check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -76,9 +238,9 @@ def _check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
         raise ValueError(f"got {[str(t.dtype) for t in floats]}; expected floating point")
     if len({t.device for t in (*floats, labels)}) > 1:
         raise ValueError(f"got {[str(t.device) for t in (*floats, labels)]}; expected one device")
-    if labels.shape != hidden.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+    if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"labels {tuple(labels.shape)} {labels.dtype}; expected ({len(hidden)},) int64 or int32"
+            f"labels {tuple(labels.shape)} {labels.dtype}; expected (N,) int64 or int32"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)}; expected ({len(weight)},)")
@@ -100,22 +262,48 @@ def _checked_vocab(vocab_start: int, vocab_size: int | None, num_rows: int, shar
     return vocab_size
 
 
-def _check_options(temperature, logit_softcap, cache_budget_bytes, impl) -> None:
+def _check_options(temperature, logit_softcap, cache_budget_bytes) -> None:
     if not temperature > 0 or (logit_softcap is not None and not logit_softcap > 0):
         raise ValueError(
             f"temperature={temperature}, logit_softcap={logit_softcap}; expected numbers above 0"
         )
-    if cache_budget_bytes != 0:
-        raise NotImplementedError(
-            f"cache_budget_bytes={cache_budget_bytes}: the cached backward is not built yet; use 0"
+    if not isinstance(cache_budget_bytes, int) or cache_budget_bytes < 0:
+        raise ValueError(f"cache_budget_bytes={cache_budget_bytes!r}; expected an int >= 0")
+
+
+def _check_rows(hidden: Tensor, labels: Tensor, row_splits, tp_group) -> None:
+    """`hidden` has the rows that this rank should bring."""
+    rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group else (0, 1)
+    if row_splits is None:
+        expected = len(labels)
+    elif len(row_splits) != size or sum(row_splits) != len(labels) or min(row_splits) < 0:
+        raise ValueError(
+            f"row_splits={list(row_splits)} with {len(labels)} labels and {size} ranks; expected "
+            "the rows of each rank, together one for each label"
         )
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not built yet; use 'auto' or 'torch'")
-    if impl not in ("auto", "torch"):
+    else:
+        expected = row_splits[rank]
+    if len(hidden) != expected:
+        raise ValueError(
+            f"hidden has {len(hidden)} rows; expected {expected} for {len(labels)} labels and "
+            f"row_splits={row_splits}"
+        )
+
+
+def _implementation(impl: str, hidden: Tensor, weight: Tensor) -> ModuleType:
+    if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r}; expected 'auto', 'triton' or 'torch'")
+    if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
+        return reference
+    from kernels import linear_logprob_triton  # needs the triton package
+
+    linear_logprob_triton.check_operands(hidden, weight)
+    return linear_logprob_triton
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    if not labels.numel():
+        return
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
