@@ -167,7 +167,7 @@ def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]
     cache, ctx.cache = ctx.cache, None
     factors = _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy)
     grad_hidden = HiddenGradient(hidden, lse.dtype, head) if wants_hidden else None
-    grad_weight = _WeightGradient(weight, ctx.fused_weight, head) if wants_weight else None
+    grad_weight = _WeightGradient(weight, ctx.fused_weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
     for chunk in ctx.backend.dlogit_chunks(hidden, weight, bias, labels, head, factors, cache):
         if wants_hidden:
@@ -205,22 +205,21 @@ def _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy) -> Row
 class _WeightGradient:
     """Where dweight goes: a tensor of the weight's type, or straight into Megatron's main_grad."""
 
-    def __init__(self, weight: Tensor, fused_weight: Tensor | None, head: Head):
+    def __init__(self, weight: Tensor, fused_weight: Tensor | None):
         self.fused_weight = fused_weight
-        if fused_weight is None:
-            self.grad = torch.empty_like(weight)
-            self.grad[head.num_rows :] = 0  # padding takes no part
-        else:
-            self.grad = fused_weight.main_grad
+        self.grad = torch.empty_like(weight) if fused_weight is None else fused_weight.main_grad
+        self.end = 0
 
     def add(self, chunk, hidden: Tensor) -> None:
         rows = self.grad[chunk.begin : chunk.end]
         operand = hidden.to(chunk.dz.dtype)
         add_product(rows, chunk.dz.t(), operand, accumulate=self.fused_weight is not None)
+        self.end = chunk.end
 
     def finish(self) -> Tensor:
         weight = self.fused_weight
         if weight is None:
+            self.grad[self.end :] = 0  # padding, or no token at all
             return self.grad
         # DDP's hook wants a .grad to be there and drops it, but adds it to main_grad when
         # `zero_out_wgrad` says that another use of the weight (a tied embedding) adds to it.
