@@ -163,7 +163,10 @@ class PolicyConfig:
     micro_batch_tokens: int | None = None  # tokens in a micro-batch at most; null = no limit; ours
     max_total_sequence_length: int = 1024  # tokens of prompt + response, each side on its own
     max_grad_norm: float | None = 1.0  # clip the global gradient norm; null or 0 = never
-    kernel_impl: Literal["auto", "triton", "torch"] = "auto"  # log-prob operator; ours
+    kernel_impl: Literal["auto", "triton", "torch"] = (
+        "auto"  # log-prob operator; auto = triton on CUDA, torch elsewhere; ours
+    )
+    kernel_cache_mib: int = 512  # MiB a micro-batch's operator keeps for backward; 0 = none; ours
     layer_spec: Literal["auto", "te", "local"] = "auto"  # auto = te on GPU where installed; ours
     load_weights: bool = True  # false = random weights, a function of dpo.seed; ours
     fp8: str | None = None  # not built yet; ours
@@ -175,12 +178,8 @@ class PolicyConfig:
         in_range(self, "policy", "max_total_sequence_length", 2)
         in_range(self, "policy", "micro_batch_tokens", 4)  # two sides of a prompt and a response
         in_range(self, "policy", "max_grad_norm", 0)
+        in_range(self, "policy", "kernel_cache_mib", 0)
         not_built("policy.fp8", self.fp8, "FP8", None)
-        require(
-            self.kernel_impl != "triton",
-            "policy.kernel_impl=triton: the Triton operator is not built yet; expected auto or "
-            "torch; remove the key",
-        )
 
     @property
     def clip_grad(self) -> float:
@@ -339,6 +338,7 @@ NOT_IN_FINGERPRINT = (
     "dpo.val_global_batch_size",
     "dpo.val_micro_batch_size",
     "dpo.val_period",
+    "policy.kernel_cache_mib",
     "policy.kernel_impl",
     "policy.layer_spec",
     "policy.micro_batch_tokens",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from reinforcer_tp.config import Config, ConfigError, fingerprint
-from reinforcer_tp.data.micro_batches import check_pairs_fit
+from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
 from reinforcer_tp.data.prepare import PreparedData, prepare_data
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import ensure_embedded
@@ -20,6 +20,7 @@ from reinforcer_tp.hf_files import ModelFiles, check_vocabulary, open_model
 from reinforcer_tp.loop import num_steps
 from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
 from reinforcer_tp.mcore.model import choose_layer_spec
+from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count, layout_of
 from reinforcer_tp.metrics import check_loggers
 from reinforcer_tp.run_directory import finished_steps
@@ -46,6 +47,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     check_loggers(config.logger)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose_layer_spec(config.policy.layer_spec, device)  # refuses what is not there
+    check_kernel_impl(config.policy.kernel_impl, device)
     policy, data_section, reference_name = config.policy, config.data, config.reference.model_name
     embedded = None
     if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
@@ -76,6 +78,8 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
         data = dataclasses.replace(data, validation=None)
     for pairs in filter(None, (data.train, data.validation)):
         check_pairs_fit(pairs, policy.micro_batch_tokens)
+        for model in filter(None, (files, reference_files)):
+            check_token_ids(pairs, model.shape.vocab_size)
     total_steps = num_steps(config, len(data.train))
     checkpoint, start_step = _resume_point(config, data.fingerprint, world_size)
     finished_step = finished_steps(config) if holds_run else None

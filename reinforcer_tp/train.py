@@ -225,13 +225,12 @@ def build_and_sweep(
 
     def build(files: Any) -> Any:
         from reinforcer_tp.mcore.model import build_model
-        from reinforcer_tp.mcore.schedule import Stage
+        from reinforcer_tp.mcore.schedule import open_stage
         from reinforcer_tp.mcore.weights import load_weights
 
         model = build_model(files.hf_config, config.policy, topology)
         load_weights(model, files.reader, topology)
-        impl = config.policy.kernel_impl
-        return Stage(model=model, module=model.core, topology=topology, kernel_impl=impl)
+        return open_stage(model, config.policy, topology)
 
     stage = build(inputs.reference_files or inputs.files)
     begin = time.perf_counter()

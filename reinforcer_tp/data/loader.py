@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,10 +47,20 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on `device`; copies to a GPU go through pinned memory and do not wait."""
-        device = torch.device(device)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **{k: _move(v, device) for k, v in tensors.items()})
+        return _tensors_to(self, torch.device(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseRows:
+    """The response tokens whose positions lie in one of the even parts of a packed row."""
+
+    index: Tensor  # (n,) int64, positions within the part
+    splits: tuple[int, ...]  # n of each part, N in all
+    order: Tensor | None  # (N,) int64, the tokens part by part; None = they are in that order
+    inverse: Tensor | None  # (N,) int64, undoes `order`
+
+    def to(self, device: torch.device | str) -> ResponseRows:
+        return _tensors_to(self, torch.device(device))
 
 
 def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
@@ -162,6 +172,27 @@ def build_packed_batch(
     )
 
 
+def response_rows(
+    response_index: Tensor, row_length: int, *, part: int, num_parts: int
+) -> ResponseRows:
+    """The ResponseRows of `part` of a row cut into `num_parts`, as sequence parallelism cuts it.
+
+    Call it with `response_index` on the host. Positions may repeat and come in any order.
+    """
+    assert row_length % num_parts == 0, (row_length, num_parts)
+    part_length = row_length // num_parts
+    owner = response_index // part_length
+    order = None
+    if bool((owner.diff() < 0).any()):
+        order = owner.argsort(stable=True)
+    return ResponseRows(
+        index=response_index[owner == part] - part * part_length,
+        splits=tuple(torch.bincount(owner, minlength=num_parts).tolist()),
+        order=order,
+        inverse=None if order is None else order.argsort(),
+    )
+
+
 def _check_pair(pair: TokenizedPair) -> None:
     for side in ("prompt", "chosen", "rejected"):
         if len(getattr(pair, side)) == 0:
@@ -204,6 +235,12 @@ def _join_reference(
 
 def _ints(values: list[int]) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
+
+
+def _tensors_to(record: Any, device: torch.device) -> Any:
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+    return replace(record, **{k: _move(v, device) for k, v in tensors.items()})
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -79,5 +79,22 @@ def check_pairs_fit(pairs: TokenizedSet, max_tokens: int | None) -> None:
         )
 
 
+def check_token_ids(pairs: TokenizedSet, vocab_size: int) -> None:
+    """Raises ValueError for a token that the model has no row for, before anything is built.
+
+    The only check of labels on a GPU, where the operator would have to wait for the device.
+    """
+    tokens = pairs.tokens
+    if len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return
+    place = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+    ends = pairs.lengths().sum(axis=1, dtype=np.int64).cumsum()
+    pair = pairs[int(np.searchsorted(ends, place, side="right"))]
+    raise ValueError(
+        f"the pair of row {pair.row} holds token id {tokens[place]}, but the model embeds ids 0 to "
+        f"{vocab_size - 1}; give the model's own tokenizer with policy.tokenizer.name"
+    )
+
+
 def _round_up(length: int, multiple: int) -> int:
     return max(-(-length // multiple), 1) * multiple

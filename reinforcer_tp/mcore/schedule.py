@@ -8,18 +8,20 @@ summed over data-parallel ranks. So unequal and empty micro-batches are exact.
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from kernels import vocab_parallel_linear_logprob
-from reinforcer_tp.data.loader import PackedBatch
+from reinforcer_tp.config_check import ConfigError
+from reinforcer_tp.data.loader import PackedBatch, ResponseRows, response_rows
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.topology import Topology
 
@@ -35,24 +37,61 @@ class Stage:
     module: torch.nn.Module  # model.core, or its DDP wrap while training
     topology: Topology
     kernel_impl: str
+    kernel_cache_bytes: int = 0  # of the head's forward, kept for backward; 0 = recompute
 
 
-def response_logps(stage: Stage, hidden: Tensor, batch: PackedBatch) -> Tensor:  # (N,) float32
-    """Log-probs of the response tokens from the last stage's hidden states (T[/tp], 1, D)."""
+def open_stage(model: PolicyModel, policy: Any, topology: Topology) -> Stage:
+    """The stage without DDP; `policy` is the config section."""
+    return Stage(
+        model=model,
+        module=model.core,
+        topology=topology,
+        kernel_impl=policy.kernel_impl,
+        kernel_cache_bytes=policy.kernel_cache_mib * 2**20,
+    )
+
+
+def check_kernel_impl(wanted: str, device: torch.device) -> None:
+    """Raises ConfigError where `policy.kernel_impl` asks for Triton and it cannot run.
+
+    Asked when a run starts, not by `--check`, which must pass on a login node without a GPU.
+    """
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted == "triton" and device.type != "cuda" and not is_interpreted:
+        raise ConfigError(
+            "policy.kernel_impl=triton needs a CUDA device and this machine shows none; use "
+            "policy.kernel_impl=auto (Triton on CUDA, torch elsewhere) or torch, start it on a "
+            "machine with a GPU, or set TRITON_INTERPRET=1 to debug the kernels on the CPU"
+        )
+
+
+def response_logps(
+    stage: Stage,
+    hidden: Tensor,  # (T[/tp], 1, D) from the last stage
+    batch: PackedBatch,
+    rows: ResponseRows,  # of this rank's part of the sequence
+) -> Tensor:
+    """Log-probs (N,) float32 of the response tokens, on every tensor-parallel rank.
+
+    Under sequence parallelism the operator gathers the response rows and scatters their gradients.
+    """
     model, topology = stage.model, stage.topology
-    if model.config.sequence_parallel:
-        # The operator sums dhidden over tp itself, so the backward here only takes its own part.
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     weight = model.core.output_weight()
-    return vocab_parallel_linear_logprob(
-        hidden.squeeze(1).index_select(0, batch.response_index),
+    labels = batch.labels
+    if rows.order is not None:
+        labels = labels.index_select(0, rows.order)
+    logps = vocab_parallel_linear_logprob(
+        hidden.squeeze(1).index_select(0, rows.index),
         weight,
-        batch.labels,
+        labels,
         vocab_start=topology.tp_rank * weight.shape[0],
         vocab_size=model.shape.vocab_size,
         tp_group=topology.tp_group if topology.tp_size > 1 else None,
+        row_splits=rows.splits if model.config.sequence_parallel else None,
+        cache_budget_bytes=stage.kernel_cache_bytes if torch.is_grad_enabled() else 0,
         impl=stage.kernel_impl,
     )
+    return logps if rows.inverse is None else logps.index_select(0, rows.inverse)
 
 
 def forward_backward(
@@ -68,8 +107,8 @@ def forward_backward(
     metric sums of each micro-batch on the last stage, [] elsewhere.
     """
 
-    def report(batch: PackedBatch, hidden: Tensor):
-        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch), batch)
+    def report(batch: PackedBatch, rows: ResponseRows, hidden: Tensor):
+        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch, rows), batch)
         num_pairs = torch.full((), batch.num_pairs, dtype=torch.int, device=hidden.device)
         return loss_sum, num_pairs, metrics
 
@@ -80,8 +119,8 @@ def forward_backward(
 def forward_logps(stage: Stage, batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Log-probs (N,) float32 of each micro-batch on the last stage, [] elsewhere. Saves nothing."""
 
-    def report(batch: PackedBatch, hidden: Tensor, non_loss_data: bool):
-        return response_logps(stage, hidden, batch)
+    def report(batch: PackedBatch, rows: ResponseRows, hidden: Tensor, non_loss_data: bool):
+        return response_logps(stage, hidden, batch, rows)
 
     return _run(stage, batches, report, forward_only=True, collect_non_loss_data=True)
 
@@ -102,6 +141,7 @@ def _run(
     def forward_step(iterator, module):
         host_batch = next(iterator)
         attention_params = stage.model.attention_params(host_batch)
+        rows = _own_rows(stage, host_batch).to(stage.topology.device)
         batch = host_batch.to(stage.topology.device)
         hidden = module(
             input_ids=batch.tokens[None],
@@ -109,7 +149,7 @@ def _run(
             attention_mask=None,
             packed_seq_params=attention_params,
         )
-        return hidden, partial(report, batch)
+        return hidden, partial(report, batch, rows)
 
     was_training = stage.module.training
     stage.module.train(not forward_only)
@@ -126,6 +166,17 @@ def _run(
         )
     stage.module.train(was_training)
     return reports
+
+
+def _own_rows(stage: Stage, host_batch: PackedBatch) -> ResponseRows:
+    """The response rows among the hidden states that this rank has after the last layer."""
+    is_split = stage.model.config.sequence_parallel
+    return response_rows(
+        host_batch.response_index,
+        host_batch.tokens.shape[0],
+        part=stage.topology.tp_rank if is_split else 0,
+        num_parts=stage.topology.tp_size if is_split else 1,
+    )
 
 
 def reduce_metrics(

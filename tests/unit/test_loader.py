@@ -15,6 +15,7 @@ from reinforcer_tp.data.loader import (
     build_packed_batch,
     global_batch_rows,
     packed_lengths,
+    response_rows,
     steps_per_epoch,
     validation_batch_rows,
 )
@@ -92,6 +93,49 @@ def test_every_sequence_can_be_read_back(pairs, divisible_by):
     assert torch.equal(segment_of, batch.sequence_id)
     assert batch.response_lengths.tolist() == [len(side) for side in responses]
     assert batch.num_pairs == sum(p.weight > 0 for p in pairs)
+
+
+def test_response_rows_by_hand():
+    index = torch.tensor([2, 3, 7, 9, 10, 11])
+    first, second, third = (response_rows(index, 12, part=i, num_parts=3) for i in range(3))
+    assert first.splits == second.splits == third.splits == (2, 1, 3)
+    parts = [part.index.tolist() for part in (first, second, third)]
+    assert parts == [[2, 3], [3], [1, 2, 3]]
+    assert first.order is None and first.inverse is None
+
+    back = response_rows(torch.tensor([9, 2, 9, 3]), 12, part=2, num_parts=3)  # order: 2, 3, 9, 9
+    assert back.splits == (2, 0, 2) and back.index.tolist() == [1, 1]
+    assert back.order.tolist() == [1, 3, 0, 2] and back.inverse.tolist() == [2, 0, 3, 1]
+    assert response_rows(torch.tensor([9, 2]), 12, part=0, num_parts=1).order is None
+    assert response_rows(torch.tensor([9, 2]), 12, part=1, num_parts=3).index.tolist() == []
+    assert response_rows(torch.empty(0, dtype=torch.int64), 12, part=0, num_parts=2).splits == (
+        0,
+        0,
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_parts=st.integers(1, 5), part_length=st.integers(1, 7), data=st.data(),
+    is_sorted=st.booleans(),
+)  # fmt: skip
+def test_the_rows_of_all_parts_are_the_response_tokens(num_parts, part_length, data, is_sorted):
+    """Joined part by part and put back in order they are what one index_select takes."""
+    length = num_parts * part_length
+    index = data.draw(st.lists(st.integers(0, length - 1), max_size=12))
+    index = torch.tensor(sorted(index) if is_sorted else index, dtype=torch.int64)
+    hidden = torch.arange(100, 100 + length)
+    parts = [response_rows(index, length, part=i, num_parts=num_parts) for i in range(num_parts)]
+    shards = hidden.split(part_length)
+    joined = torch.cat([shard[rows.index] for shard, rows in zip(shards, parts, strict=True)])
+    for rows in parts:
+        assert rows.splits == tuple(len(part.index) for part in parts)
+        assert is_sorted <= (rows.order is None)
+        if rows.order is None:
+            assert torch.equal(joined, hidden[index])
+        else:
+            assert torch.equal(joined, hidden[index][rows.order])
+            assert torch.equal(joined[rows.inverse], hidden[index])
 
 
 @pytest.mark.parametrize(("row_length", "length"), [(None, 4), (12, 12)])
