@@ -90,7 +90,11 @@ def _local_labels(labels_ptr, rows, N, V, vocab_start):
     return tl.minimum(tl.maximum(labels, -1), V).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["N", "V", "vocab_start", "num_cached", "panel_blocks"])
+# N changes every step, and with it the alignment of rows of the statistics: one binary for all.
+@triton.jit(
+    do_not_specialize=["N", "V", "vocab_start", "num_cached", "panel_blocks"],
+    do_not_specialize_on_alignment=["anchor_ptr", "total_ptr", "weighted_ptr", "target_ptr"],
+)
 def linear_logprob_fwd_kernel(
     hidden, weight, bias_ptr, labels_ptr, anchor_ptr, total_ptr, weighted_ptr, target_ptr, e_ptr,
     N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, stride_e, vocab_start, num_cached,
@@ -196,7 +200,10 @@ def linear_logprob_bwd_kernel(
             tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=(rows < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["N", "num_slices"])
+@triton.jit(
+    do_not_specialize=["N", "num_slices"],
+    do_not_specialize_on_alignment=["anchor_ptr", "total_ptr", "weighted_ptr"],
+)
 def merge_kernel(
     anchor_ptr, total_ptr, weighted_ptr, stats_ptr, N, num_slices,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WITH_ENTROPY: tl.constexpr,
