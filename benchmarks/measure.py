@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import Contender, Inputs
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, else lines on stderr
 RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward", "both")
 MIN_ROUNDS = 3  # of a contender too slow for all of them
@@ -207,7 +209,11 @@ def machine(device: str) -> dict[str, object]:
 def _commit() -> str:
     def git(*args):
         done = subprocess.run(
-            ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+            ["git", "--no-optional-locks", *args],
+            cwd=RESULTS.parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout.strip()
 
@@ -217,11 +223,10 @@ def _commit() -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    return f"{names[0].strip() if names else 'CPU'}, {torch.cpu.get_capabilities()['num_logical_cores']} cores"
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.M)
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 
 
 def append_rows(directory: Path, rows: list[dict]) -> Path:

@@ -90,8 +90,9 @@ def _row_error(actual: Tensor, expected: Tensor, quantile: float) -> float:
     return float(relative.quantile(quantile))
 
 
-def failures(errors: Errors, plain: Errors, dtype: torch.dtype) -> list[str]:
-    """Which bars ours misses, in words. `plain` are the errors of materialised logits."""
+def failures(errors: Errors, plain: Errors | None, dtype: torch.dtype) -> list[str]:
+    """Which bars ours misses, in words. `plain` are the errors of materialised logits (None:
+    they did not fit)."""
     found = []
     # "not <=" also catches NaN.
     if not errors.logp_of_bar <= 1:
@@ -100,7 +101,7 @@ def failures(errors: Errors, plain: Errors, dtype: torch.dtype) -> list[str]:
             "(1e-5 where max|z| <= 30, else 2e-6 max|z|)"
         )
     bars = {"dhidden_p99": 5e-3, "dweight_p99": 5e-3}
-    if dtype == torch.float32:
+    if dtype == torch.float32 and plain is not None:
         # The plain form's 99th percentile is that of confident tokens, where it has few digits
         # left; its median is that of the others.
         own = {name: 2 * getattr(plain, name) for name in (*bars, "dhidden_median")}

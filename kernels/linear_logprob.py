@@ -111,7 +111,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         ctx.head, ctx.backend = head, backend
         ctx.set_materialize_grads(False)
         rows = gather_rows(hidden, head)
-        with exact_matmul(rows, weight):
+        with torch.cuda.device_of(hidden), exact_matmul(rows, weight):
             stats, ctx.cache = backend.forward_statistics(
                 rows, weight, bias, labels, head, cache_budget_bytes
             )
@@ -126,7 +126,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise NotImplementedError("vocab_parallel_linear_logprob is differentiable only once")
         saved = ctx.saved_tensors  # unpacked once: activation recompute allows no more
-        with exact_matmul(*saved[:2]):
+        with torch.cuda.device_of(saved[0]), exact_matmul(*saved[:2]):
             grads = _backward(ctx, saved, grad_logps, grad_entropy)
         return *grads, None, None, None, None
 

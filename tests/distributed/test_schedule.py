@@ -1,5 +1,6 @@
 """The contract with Megatron's schedule, random weights in every layout, and the optimizer step."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -38,7 +39,12 @@ def make_pairs() -> list[SimpleNamespace]:
     ]
 
 
-def gradients(layout: tuple[int, int], plans: list[list[list[list[int]]]], precision: str) -> list:
+def gradients(
+    layout: tuple[int, int],
+    plans: list[list[list[list[int]]]],
+    precision: str,
+    sequence_parallel: bool = False,
+) -> list:
     """Gradients, metric sums and one step's norm for each plan [dp_rank][micro_batch][pair]."""
     from reinforcer_tp.loop import _SUMS, loss_function
     from reinforcer_tp.mcore.model import build_model
@@ -55,6 +61,7 @@ def gradients(layout: tuple[int, int], plans: list[list[list[list[int]]]], preci
             f"policy.precision={precision}",
             "policy.megatron_cfg.optimizer.use_distributed_optimizer=false",
             "policy.max_total_sequence_length=64",
+            f"policy.megatron_cfg.sequence_parallel={sequence_parallel}",
             "dpo.sft_loss_weight=0.3",
         ],
     )
@@ -118,13 +125,19 @@ def test_micro_batches_do_not_change_the_gradient(single):
 
 
 @pytest.mark.parametrize(
-    ("layout", "plan"),
-    [((1, 1), UNEVEN_RANKS), ((2, 1), ONE_BY_ONE), ((1, 2), ONE_BY_ONE)],
-    ids=["dp2", "tp2", "pp2"],
+    ("layout", "plan", "sequence_parallel"),
+    [
+        ((1, 1), UNEVEN_RANKS, False),
+        ((2, 1), ONE_BY_ONE, False),
+        ((2, 1), ONE_BY_ONE, True),  # rows of 96 tokens: all response tokens lie on rank 0, if any
+        ((2, 1), ALL_AT_ONCE, True),
+        ((1, 2), ONE_BY_ONE, False),
+    ],
+    ids=["dp2", "tp2", "sp2-empty", "sp2", "pp2"],
 )
-def test_the_layout_does_not_change_the_gradient(single, layout, plan):
+def test_the_layout_does_not_change_the_gradient(single, layout, plan, sequence_parallel):
     """Also holds random weights to be a function of seed and tensor name alone."""
-    ranks = run_distributed(gradients, 2, layout, [plan], "float32")
+    ranks = run_distributed(gradients, 2, layout, [plan], "float32", sequence_parallel)
     expected = single[0][0]
     found = merged(ranks, 0)
     assert found.keys() == expected["grads"].keys()
@@ -140,6 +153,51 @@ def test_the_norm_is_that_of_the_whole_gradient(single):
     result = single[0][0]
     norm = torch.stack([g.double().norm() for g in result["grads"].values()]).norm()
     assert result["norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+
+def logps_and_gradients(sequence_parallel: bool, picks: list[int]) -> dict:
+    """tp=2: the response tokens `picks` of one row, in that order, and gradients of their sum."""
+    from reinforcer_tp.mcore.model import build_model
+    from reinforcer_tp.mcore.optim import build_training, zero_grad
+    from reinforcer_tp.mcore.schedule import Stage, forward_backward, forward_logps
+    from reinforcer_tp.mcore.topology import init_topology
+    from reinforcer_tp.mcore.weights import RandomReader, full_tensors, load_weights
+
+    topology = init_topology(2, 1, seed=0)
+    overrides = ["policy.model_name=unused", "policy.precision=float32"]
+    overrides += [f"policy.megatron_cfg.sequence_parallel={sequence_parallel}"]
+    config = load_config(None, overrides)
+    model = build_model(LlamaConfig(**SHAPE), config.policy, topology)
+    load_weights(model, RandomReader(model.shape, seed=11), topology)
+    training = build_training(model, config.policy, topology, total_steps=10)
+    stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+    batch = build_packed_batch(make_pairs(), divisible_by=2)
+    picked = replace(batch, response_index=batch.response_index[picks], labels=batch.labels[picks])
+    zero_grad(training)
+    forward_backward(stage, [picked], lambda logps, batch: (weighted_sum(logps), {}))
+    whole = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
+    return {
+        "all": forward_logps(stage, [batch])[0],
+        "picked": forward_logps(stage, [picked])[0],
+        "grads": {n: g.clone() for n, g in whole.items() if g is not None},
+    }
+
+
+def weighted_sum(logps: torch.Tensor) -> torch.Tensor:
+    return (logps * torch.sin(1.7 * torch.arange(len(logps)))).sum()
+
+
+def test_response_tokens_of_a_split_sequence_may_repeat_in_any_order():
+    """Two labels on one hidden row, of rank 1 before rank 0: each comes out in its own place."""
+    picks = [30, 2, 2, 41, 0, 30, 17]
+    split = run_distributed(logps_and_gradients, 2, True, picks)
+    whole = run_distributed(logps_and_gradients, 2, False, picks)
+    for rank in (0, 1):
+        expected = whole[0]["all"]
+        torch.testing.assert_close(split[rank]["all"], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(split[rank]["picked"], expected[picks], rtol=1e-5, atol=1e-6)
+        for name, gradient in split[rank]["grads"].items():
+            torch.testing.assert_close(gradient, whole[rank]["grads"][name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -138,6 +138,7 @@ def test_a_label_that_the_model_does_not_have_is_refused(random_llama, random_ro
         [
             *ONLY_TRAINING,
             f"policy.model_name={folder}",
+            "policy.max_total_sequence_length=256",
             "data.dataset_name=auto",
             f"data.train_data_path={random_rows['random']}",
         ],
