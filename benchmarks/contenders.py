@@ -5,7 +5,7 @@ Legend: N tokens, D hidden, V vocab rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -41,6 +41,7 @@ class Contender:
     forward: Callable[[Inputs], Tensor]  # -> log-probs (N,); of a bare GEMM anything
     backward: Callable[[Inputs, Tensor], tuple[Tensor, ...]]  # -> dhidden, dweight
     ours: bool = False
+    rival: bool = False  # someone else's operator: may fail, may be too slow for every round
     bare: bool = False  # GEMMs only: no log-prob, so no parity
 
 
@@ -63,25 +64,26 @@ def make_inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Inpu
     )
 
 
-def make_contenders(inputs: Inputs, impl: str) -> tuple[list[Contender], dict[str, str]]:
+def make_contenders(
+    inputs: Inputs, impl: str, skip: Collection[str] = ()
+) -> tuple[list[Contender], dict[str, str]]:
     """The contenders for these inputs, and why the others are absent."""
     found = [
         _ours("ours-strict", 4, 0, impl),
         _ours("ours-cached", 3, whole_cache_bytes(inputs), impl),
         Contender(name="materialised", gemms=3, forward=_materialised, backward=_autograd),
-        Contender(name="torch-lce", gemms=4, forward=_torch_lce, backward=_autograd),
     ]
     absent = {}
-    for name, package, forward in [
-        ("liger", "liger_kernel", _liger),
-        ("cce", "cut_cross_entropy", _cut_cross_entropy),
-    ]:
-        if find_spec(package) is None:
+    for name, (package, forward) in RIVALS.items():
+        if name in skip:
+            absent[name] = "skipped on request"
+        elif find_spec(package) is None:
             absent[name] = f"{package} is not installed"
-        elif inputs.hidden.device.type != "cuda":
+        elif package != "torch" and inputs.hidden.device.type != "cuda":
             absent[name] = "needs CUDA"
         else:
-            found.append(Contender(name=name, gemms=4, forward=forward, backward=_autograd))
+            rival = Contender(name=name, gemms=4, forward=forward, backward=_autograd, rival=True)
+            found.append(rival)
     return found + _bare_gemms(inputs), absent
 
 
@@ -109,14 +111,20 @@ def _materialised(inputs: Inputs) -> Tensor:
 
 
 def _torch_lce(inputs: Inputs) -> Tensor:
+    return _torch_linear_cross_entropy(inputs, torch.nn.LinearCrossEntropyOptions())
+
+
+def _torch_lce_1024(inputs: Inputs) -> Tensor:
+    # Its own choice are chunks of N D / 2V tokens, which starve the GEMMs.
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
+    return _torch_linear_cross_entropy(inputs, options)
+
+
+def _torch_linear_cross_entropy(inputs: Inputs, options) -> Tensor:
     # Any options object makes it chunk (over tokens); with reduction="none" its backward takes a
     # gradient per token and computes the logits again.
     return -torch.nn.functional.linear_cross_entropy(
-        inputs.hidden,
-        inputs.weight,
-        inputs.labels,
-        reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
+        inputs.hidden, inputs.weight, inputs.labels, reduction="none", options=options
     )
 
 
@@ -131,6 +139,15 @@ def _cut_cross_entropy(inputs: Inputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, reduction="none")
+
+
+# name: (package, forward). All take a gradient per token and compute the logits again for it.
+RIVALS = {
+    "torch-lce": ("torch", _torch_lce),
+    "torch-lce-1024": ("torch", _torch_lce_1024),
+    "liger": ("liger_kernel", _liger),
+    "cce": ("cut_cross_entropy", _cut_cross_entropy),
+}
 
 
 def _bare_gemms(inputs: Inputs) -> list[Contender]:

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import DTYPES, SHAPES, Contender, Inputs, make_contenders, make_inputs
+from benchmarks.contenders import (
+    DTYPES,
+    RIVALS,
+    SHAPES,
+    Contender,
+    Inputs,
+    make_contenders,
+    make_inputs,
+)
 from benchmarks.measure import (
     PASSES,
     RESULTS,
@@ -103,8 +111,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16; CPU: both")
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=_positive, help="rounds (default: 20; CPU: 7)")
+    parser.add_argument("--skip", nargs="+", choices=RIVALS, default=[], help="rivals to leave out")
     parser.add_argument(
-        "--budget-s", type=float, default=60, help="per contender, 3 rounds at least"
+        "--budget-s", type=float, default=20, help="for a slow rival's rounds, one at least"
     )
     parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
@@ -129,7 +138,7 @@ def _default_dtypes(device: str) -> list[str]:
 def run_case(case: Case, args: argparse.Namespace) -> int:
     print(f"\n{case.shape}: N={case.n} D={case.d} V={case.v} {case.dtype} on {case.device_type}")
     inputs = make_inputs(case.n, case.d, case.v, DTYPES[case.dtype], case.device_type)
-    found, absent = make_contenders(inputs, args.impl)
+    found, absent = make_contenders(inputs, args.impl, args.skip)
     running, probes, errors, failed = _check(found, absent, inputs)
     for name, why in absent.items():
         print(f"  {name}: not run: {why}")
@@ -142,7 +151,10 @@ def run_case(case: Case, args: argparse.Namespace) -> int:
         _print_cpu(inputs)
     repeats = args.repeats or (20 if case.device_type == "cuda" else 7)
     rounds = {
-        c.name: rounds_within(args.budget_s, probes[c.name].round_s, repeats) for c in running
+        c.name: rounds_within(args.budget_s, probes[c.name].round_s, repeats)
+        if c.rival
+        else repeats
+        for c in running
     }
     samples = time_interleaved(running, inputs, rounds)
     rows = make_rows(case, running, samples, probes, errors)
@@ -162,19 +174,19 @@ def _check(
     exact = exact_results(inputs)
     running, probes, errors = [], {}, {}
     for contender in found:
-        # Whatever another package raises is its own affair; of ours only what is not built yet.
-        tolerated = NotImplementedError if contender.ours else Exception
+        # Whatever another package raises is its own affair.
+        tolerated = Exception if contender.rival else (NotImplementedError, torch.OutOfMemoryError)
         try:
-            probes[contender.name] = probe(contender, inputs)
+            results, probes[contender.name] = probe(contender, inputs)
         except tolerated as error:
             absent[contender.name] = (
                 f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
             )
             continue
         if not contender.bare:
-            errors[contender.name] = errors_of(exact, *probes[contender.name].results)
-            if not contender.ours and is_something_else(errors[contender.name]):
-                absent[contender.name] = f"wrong results: {errors[contender.name]}"
+            errors[contender.name] = errors_of(exact, *results)
+            if contender.rival and is_something_else(errors[contender.name]):
+                absent[contender.name] = f"wrong results: {errors.pop(contender.name)}"
                 continue
         running.append(contender)
     plain = errors.get("materialised")
@@ -219,7 +231,7 @@ def make_rows(case: Case, running, samples, probes, errors) -> list[dict]:
 def print_table(rows: list[dict]) -> None:
     print("  " + FORMULA.replace("\n", "\n  "))
     print(
-        f"  {'contender':13}{'pass':9}{'median ms':>10}{'p20':>9}{'p80':>9}{'min':>9}{'runs':>5}"
+        f"  {'contender':15}{'pass':9}{'median ms':>10}{'p20':>9}{'p80':>9}{'min':>9}{'runs':>5}"
         f"{'TFLOP/s':>9}{'of GEMM':>8}{'extra MiB':>10}{'logp err':>10}{'dh p99':>9}"
     )
     for row in rows:
@@ -227,7 +239,7 @@ def print_table(rows: list[dict]) -> None:
         extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.1f}"
         wrong = [f"{row[k]:.1e}" if k in row else "" for k in ("logp_max", "dhidden_p99")]
         print(
-            f"  {row['contender']:13}{row['pass']:9}{times[0]:10.2f}"
+            f"  {row['contender']:15}{row['pass']:9}{times[0]:10.2f}"
             + "".join(f"{t:9.2f}" for t in times[1:])
             + f"{row['repeats']:5}{row['tflops']:9.3f}{row['of_gemm']:8.2f}"
             + f"{extra:>10}{wrong[0]:>10}{wrong[1]:>9}"

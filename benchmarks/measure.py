@@ -22,7 +22,6 @@ from benchmarks.contenders import Contender, Inputs
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, else lines on stderr
 RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward", "both")
-MIN_ROUNDS = 3  # of a contender too slow for all of them
 
 
 def train_step(contender: Contender, inputs: Inputs, stamp: Callable[[], object] = lambda: None):
@@ -36,14 +35,14 @@ def train_step(contender: Contender, inputs: Inputs, stamp: Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One untimed run of a contender; the warm-up as well."""
+    """What one untimed run of each pass told; it is the warm-up as well."""
 
-    results: tuple[Tensor, Tensor, Tensor]  # log-probs, dhidden, dweight
     extra_bytes: dict[str, int]  # most that lived at once beside inputs and results, by pass
     round_s: float  # rough
 
 
-def probe(contender: Contender, inputs: Inputs) -> Probe:
+def probe(contender: Contender, inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], Probe]:
+    """((log-probs, dhidden, dweight), what was seen)."""
     cuda = inputs.hidden.is_cuda
     peak = _cuda_peak_bytes if cuda else _cpu_peak_bytes
 
@@ -63,7 +62,7 @@ def probe(contender: Contender, inputs: Inputs) -> Probe:
         extra[name] = 0 if contender.bare else most - sum(t.nbytes for t in results)
     round_s = time.perf_counter() - start
     logps, dhidden, dweight = results
-    return Probe(results=(logps.detach(), dhidden, dweight), extra_bytes=extra, round_s=round_s)
+    return (logps.detach(), dhidden, dweight), Probe(extra_bytes=extra, round_s=round_s)
 
 
 def time_interleaved(
@@ -86,7 +85,7 @@ def time_interleaved(
 
 
 def rounds_within(budget_s: float, seconds: float, repeats: int) -> int:
-    return min(repeats, max(MIN_ROUNDS, int(budget_s / seconds)))
+    return min(repeats, max(1, int(budget_s / seconds)))
 
 
 def _one_round(contender: Contender, inputs: Inputs, clock) -> dict[str, float]:
@@ -207,13 +206,10 @@ def machine(device: str) -> dict[str, object]:
 
 
 def _commit() -> str:
-    def git(*args):
+    def git(*args: str) -> str:
+        command = ["git", "--no-optional-locks", *args]
         done = subprocess.run(
-            ["git", "--no-optional-locks", *args],
-            cwd=RESULTS.parent,
-            capture_output=True,
-            text=True,
-            check=False,
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=False
         )
         return done.stdout.strip()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Errors:
     dhidden_median: float  # over rows, of |error| / |row| in 2-norms
     dhidden_p99: float
     dweight_p99: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1e}" for name, value in asdict(self).items())
 
 
 @torch.no_grad()

@@ -133,6 +133,11 @@ def is_matrix(instruction: Instruction) -> bool:
     return matrix_tensor_clocks(instruction) is not None
 
 
+def is_ffma(instruction: Instruction) -> bool:
+    """What stands for the matrix instruction where float32 products are exact."""
+    return instruction.opcode.startswith("FFMA")
+
+
 def main_loop(
     blocks: list[Block], wanted: Callable[[Instruction], bool] = is_matrix
 ) -> list[Instruction] | None:
@@ -173,16 +178,12 @@ def tensor_clocks(loop: list[Instruction], arch: int, num_warps: int, sass: str)
     """Of one scheduler's tensor core in one turn of the loop, for all warps of a program."""
     clocks = sum(matrix_tensor_clocks(i) or 0.0 for i in loop) * max(num_warps / SCHEDULERS, 1)
     # One thread issues UTCHMMA for the whole program: M N 16 at 4096 a clock of the SM.
-    clocks += sum(m * n / 256 for m, n in map(lambda i: _tcgen05_shape(i, sass), _tcgen05(loop)))
-    return clocks
-
-
-def _tcgen05(loop: list[Instruction]) -> list[Instruction]:
-    return [i for i in loop if re.match(r"UTC\w*MMA", i.opcode)]
+    shapes = [_tcgen05_shape(i, sass) for i in loop if re.match(r"UTC\w*MMA", i.opcode)]
+    return clocks + sum(m * n / 256 for m, n in shapes)
 
 
 def _tcgen05_shape(instruction: Instruction, sass: str) -> tuple[int, int]:
-    """(M, N), which bits 24-28 and 17-22 of the instruction descriptor hold in units of 16 and 8."""
+    """(M, N): bits 24-28 of the instruction descriptor in units of 16, 17-22 in units of 8."""
     register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)[1]
     before = sass[: sass.index(instruction.operands)]
     descriptor = re.findall(rf"UMOV {register}, 0x([0-9a-f]+)\b", before)

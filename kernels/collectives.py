@@ -34,7 +34,7 @@ class HiddenGradient:
         self.work = None
 
     def add(self, chunk: Chunk) -> None:
-        add_product(self.grad, chunk.dz, chunk.weight, accumulate=not self.is_empty)
+        add_product(self.grad, chunk.dz, chunk.weight, accumulate=not self.is_empty, may_round=True)
         self.is_empty = False
 
     def start_reduction(self) -> None:

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, rounded once to out's type; a and b have one type."""
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, may_round: bool = False
+) -> None:
+    """out = a @ b, or out += a @ b, rounded once to out's type; a and b have one type.
+
+    On a CPU a half GEMM rounds its result: `may_round` allows that before it is added to a wider
+    `out`. Without it the operands are converted first, which is slower.
+    """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=int(accumulate), out=out)
     elif a.is_cuda and out.dtype == torch.float32:  # half operands, float32 result
         torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
+    elif not may_round and torch.promote_types(a.dtype, out.dtype) == out.dtype:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
     elif accumulate:
         out += a @ b
     else:

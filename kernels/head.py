@@ -40,7 +40,7 @@ class RowFactors:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """dL/d(hidden . weight + bias) of some vocab rows; dz is overwritten by the next chunk."""
+    """dL/d(hidden . weight + bias) of some vocab rows; the next chunk overwrites the tensors."""
 
     begin: int
     end: int

@@ -54,16 +54,24 @@ def _dot_tile(
 
 
 @triton.jit
+def _halves(x):
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def _slices(x, SLICES: tl.constexpr):
     """The columns of x in SLICES parts, left to right; smaller parts need fewer registers."""
     if SLICES == 1:
-        return (x,)
-    a, b = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-    if SLICES == 2:
-        return (a, b)
-    a0, a1 = a.reshape(a.shape[0], 2, a.shape[1] // 2).permute(0, 2, 1).split()
-    b0, b1 = b.reshape(b.shape[0], 2, b.shape[1] // 2).permute(0, 2, 1).split()
-    return (a0, a1, b0, b1)
+        parts = (x,)
+    else:
+        a, b = _halves(x)
+        if SLICES == 2:
+            parts = (a, b)
+        else:
+            a0, a1 = _halves(a)
+            b0, b1 = _halves(b)
+            parts = (a0, a1, b0, b1)
+    return parts
 
 
 @triton.jit
@@ -134,18 +142,17 @@ def linear_logprob_fwd_kernel(
             anchor = tl.maximum(tl.ceil(tl.max(z2, 1)), -3e38)
             above = z2 - anchor[:, None]
             e = tl.exp2(above)
+            if STORE_E:  # noqa: SIM102 - known at compile time
+                if begin < num_cached:
+                    kept = e * slope if HAS_SOFTCAP else e
+                    e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
+                    tl.store(e_ptrs, kept.to(e_ptr.dtype.element_ty), mask=(rows < N)[:, None])
             at = (begin // WIDTH).to(tl.int64) * N + rows
             tl.store(anchor_ptr + at, anchor, mask=rows < N)
             tl.store(total_ptr + at, tl.sum(e, 1), mask=rows < N)
             if WITH_ENTROPY:
                 weighted = tl.sum(e * tl.where(e > 0, above, 0.0), 1)
                 tl.store(weighted_ptr + at, weighted, mask=rows < N)
-            if STORE_E:  # noqa: SIM102 - known at compile time
-                if begin < num_cached:
-                    if HAS_SOFTCAP:
-                        e *= slope
-                    e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
-                    tl.store(e_ptrs, e.to(e_ptr.dtype.element_ty), mask=(rows < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "V", "vocab_start", "panel_blocks"])

@@ -70,6 +70,7 @@ def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_by
     stats[0], stats[2] = LOWEST, -math.inf
     if n == 0 or v == 0:
         return stats, None
+    labels, bias = _contiguous(labels, bias)
     blocks = _blocks(hidden, weight)
     tiles, dtype = triton.cdiv(v, blocks.block_v), gradient_dtype(hidden, weight)
     # What one tile of columns costs: E, and an anchor for each row and slice.
@@ -109,6 +110,7 @@ def dlogit_chunks(
     n, v = len(hidden), head.num_rows
     if n == 0 or v == 0:
         return
+    labels, bias = _contiguous(labels, bias)
     begin, dtype = 0, gradient_dtype(hidden, weight)
     if cache is not None:
         _cached_dlogits(cache, labels, head, factors)
@@ -225,6 +227,10 @@ def _kernel_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         # Its bfloat16 dot multiplies bit patterns; float32 copies multiply exactly.
         return hidden.float(), weight.float()
     return hidden.to(torch.promote_types(hidden.dtype, weight.dtype)), weight
+
+
+def _contiguous(labels: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return labels.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

@@ -2,13 +2,17 @@
 
 Legend: N tokens, D hidden, V vocab rows of this rank, w columns of one chunk.
 
-Both parts go through the vocabulary in chunks and hold one (N, w) chunk of logits at a time.
+Both parts go through the vocabulary in chunks and hold one (N, w) chunk of float32 logits at a
+time. On a CPU a bfloat16 GEMM rounds its result to bfloat16, so logits are products of float32
+copies (of hidden whole, of weight by the chunk); the gradients' GEMMs take dz and weight as they
+are. Everything is in base 2, as in the Triton kernels; exp2 is also the quicker function.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,94 +20,177 @@ from torch import Tensor
 from kernels.gemm import add_product
 from kernels.head import LOWEST, Chunk, Head, RowFactors, gradient_dtype, statistics_dtype
 
-UNIT = 1.0  # logits and their statistics are in nats
+UNIT = math.log(2)  # logits and their statistics are in bits
 # Largest temporary of the operator. Big enough for efficient GEMMs, small beside any model.
 SCRATCH_BYTES = 32 * 2**20
-MIN_CHUNK = 64  # columns; less starves the GEMM
+MIN_CHUNK = 64  # columns; less starves the GEMM, and other than multiples of it slows it down
+MAX_SUM = 2.0**64  # of a row's exponentials in one chunk; above it the row needs a higher anchor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Forward's exponentials 2^(z - anchor) times the softcap's slope; the label's is missing."""
+
+    anchor: Tensor  # (N,) whole numbers, so that a change of anchor rescales without rounding
+    chunks: list[Tensor]  # of the leading vocab rows, (N, w) each
 
 
 def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_bytes: int):
-    """(3 or 4, N) statistics of this rank's columns (see `_merge_ranks`), and None: no cache."""
-    dtype = statistics_dtype(hidden, weight)
-    anchor = hidden.new_full((len(hidden),), LOWEST, dtype=dtype)
+    """(3 or 4, N) statistics of this rank's columns (see `_merge_ranks`) and backward's cache."""
+    buffers = 1 + (head.softcap is not None) + head.with_entropy
+    logits = _Logits(hidden, weight, bias, labels, head, buffers)
+    anchor = hidden.new_full((len(hidden),), LOWEST, dtype=logits.dtype)
     target = torch.full_like(anchor, -math.inf)
     total, weighted = torch.zeros_like(anchor), torch.zeros_like(anchor)
-    buffers = 1 + (head.softcap is not None) + head.with_entropy
-    operand = hidden.to(_gemm_dtype(hidden, weight))
-    for begin, z, _ in _logit_chunks(operand, weight, bias, head, buffers):
-        column, inside = _target_column(labels, head.vocab_start + begin, z.shape[1])
-        z_target = z.gather(1, column)
-        target = torch.where(inside, z_target, target[:, None])[:, 0]
-        z.scatter_(1, column, z_target.masked_fill(inside, -math.inf))
-        new_anchor = torch.maximum(anchor, z.amax(1))
-        scale = (anchor - new_anchor).exp_()
-        exp_z = z.sub_(new_anchor[:, None]).exp_()
+    dtype, kept = gradient_dtype(hidden, weight), []
+    num_kept = _num_kept(cache_budget_bytes, anchor, dtype)
+    for begin, end in logits.borders(0):
+        fits = bool((anchor > LOWEST).all())
+        if fits:
+            z = logits.without_label(begin, end, anchor, target)
+            part = z.exp2_().sum(1)
+            fits = bool((part < MAX_SUM).all())
+        if not fits:  # the first chunk, or logits far above the earlier ones
+            z = logits.without_label(begin, end, torch.zeros_like(anchor), target)
+            lower, anchor = anchor, torch.maximum(anchor, z.amax(1).ceil_())
+            part = z.sub_(anchor[:, None]).exp2_().sum(1)
+            scale = (lower - anchor).exp2_()
+            weighted = (weighted + total * (lower - anchor)) * scale
+            total *= scale
+            for chunk in kept:
+                chunk *= scale.to(dtype)[:, None]
+        total += part
         if head.with_entropy:
-            weighted += total * (anchor - new_anchor)
-            weighted = weighted * scale - torch.special.entr(exp_z).sum(1)
-        total = total * scale + exp_z.sum(1)
-        anchor = new_anchor
-    return torch.stack([anchor, total, target, weighted][: 3 + head.with_entropy]), None
+            weighted -= torch.special.entr(z).sum(1) / UNIT
+        if begin < num_kept:
+            if head.softcap is not None:
+                z *= _slope(z.log2().add_(anchor[:, None]), head.softcap)
+            kept.append(z[:, : num_kept - begin].to(dtype, copy=True))
+    stats = torch.stack([anchor, total, target, weighted][: 3 + head.with_entropy])
+    return stats, Cache(anchor=anchor, chunks=kept) if kept else None
 
 
 def dlogit_chunks(
-    hidden, weight, bias, labels, head: Head, factors: RowFactors, cache
+    hidden, weight, bias, labels, head: Head, factors: RowFactors, cache: Cache | None
 ) -> Iterator[Chunk]:
-    """dL/d(hidden . weight + bias) of every real column."""
-    operand = hidden.to(_gemm_dtype(hidden, weight))
+    """dL/d(hidden . weight + bias) of every real column, the cached ones first."""
     buffers = 1 + (head.softcap is not None) + 2 * (factors.grad_entropy is not None)
-    for begin, z, columns in _logit_chunks(operand, weight, bias, head, buffers):
-        end = begin + z.shape[1]
-        column, inside = _target_column(labels, head.vocab_start + begin, z.shape[1])
-        dz = _dlogits(z, column, inside, factors, head.softcap)
-        dtype = dz.dtype if dz.device.type == "cpu" else gradient_dtype(hidden, weight)
-        yield Chunk(begin=begin, end=end, dz=dz.to(dtype), weight=columns.to(dtype))
+    logits = _Logits(hidden, weight, bias, labels, head, buffers)
+    dtype = gradient_dtype(hidden, weight)
+    at_target = factors.at_target
+    if head.softcap is not None:
+        at_target = at_target * _slope(factors.target.clone(), head.softcap)
+    at_target = at_target.to(dtype)
+
+    def finished(begin: int, dz: Tensor) -> Chunk:
+        end = begin + dz.shape[1]
+        rows, columns = logits.label_positions(begin, end)
+        dz[rows, columns] = at_target[rows]
+        return Chunk(begin=begin, end=end, dz=dz, weight=logits.columns(begin, end, dtype))
+
+    begin = 0
+    if cache is not None:
+        scale = (cache.anchor - factors.lse).exp2_().mul_(-factors.grad)[:, None]
+        for dz in cache.chunks:
+            yield finished(begin, _scale_rows(dz, scale, logits.scratch))
+            begin += dz.shape[1]
+    rounded = hidden.new_empty(0, dtype=dtype)
+    for start, end in logits.borders(begin):
+        dz = _dlogits(logits.minus(start, end, factors.lse), factors, head.softcap)
+        if dtype != dz.dtype:
+            dz = rounded.resize_(dz.shape).copy_(dz)
+        yield finished(start, dz)
 
 
-def _dlogits(z, column, inside, factors: RowFactors, softcap) -> Tensor:
-    """dz of one chunk, in the place of its logits z."""
-    slope = 1 - (z / softcap).square_() if softcap is not None else None
-    z.sub_(factors.lse[:, None])
+def _scale_rows(kept: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
+    """kept *= scale in place, rounded once."""
+    if kept.dtype == scale.dtype:
+        return kept.mul_(scale)
+    # By way of the scratch: torch would make whole float32 copies of both operands.
+    product = scratch[: kept.numel()].view(kept.shape)
+    return kept.copy_(product.copy_(kept).mul_(scale))
+
+
+def _dlogits(z: Tensor, factors: RowFactors, softcap: float | None) -> Tensor:
+    """-p times the upstream gradients, in the place of z (N, w) = logits - lse."""
+    slope = None if softcap is None else _slope(z + factors.lse[:, None], softcap)
     if factors.grad_entropy is None:
-        dz = z.exp_().mul_(-factors.grad[:, None])
+        dz = z.exp2_().mul_(-factors.grad[:, None])
     else:
-        per_logit = (z + factors.entropy[:, None]).mul_(factors.grad_entropy[:, None])
-        dz = z.exp_().mul_(per_logit.add_(factors.grad[:, None])).neg_()
-    dz.scatter_(1, column, torch.where(inside, factors.at_target[:, None], dz.gather(1, column)))
+        per_logit = (z * UNIT).add_(factors.entropy[:, None]).mul_(factors.grad_entropy[:, None])
+        dz = z.exp2_().mul_(per_logit.add_(factors.grad[:, None])).neg_()
     return dz if slope is None else dz.mul_(slope)
 
 
-def _logit_chunks(operand, weight, bias, head, buffers) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields (first row, z (N, w), its weight rows (w, D)) over this rank's real rows.
+def _slope(z: Tensor, softcap: float) -> Tensor:
+    """d softcap(z) / dz = 1 - (softcap(z) / c)^2 from the capped logits, which are overwritten."""
+    return z.mul_(UNIT / softcap).clamp_(-1, 1).square_().neg_().add_(1)
 
-    z is the same scratch every time. `buffers` counts the (N, w) temporaries of the caller.
-    """
-    dtype, (n, d) = statistics_dtype(operand, weight), operand.shape
-    width = chunk_width(n, d, dtype.itemsize, buffers)
-    scratch = operand.new_empty(n * min(width, head.num_rows), dtype=dtype)
-    for begin in range(0, head.num_rows, width):
-        end = min(begin + width, head.num_rows)
-        columns = weight[begin:end].to(operand.dtype)
-        z = scratch[: n * (end - begin)].view(n, end - begin)
-        add_product(z, operand, columns.t(), accumulate=False)
-        if bias is not None:
-            z += bias[begin:end]
-        if head.temperature != 1.0:
-            z /= head.temperature
-        if head.softcap is not None:
-            z.div_(head.softcap).tanh_().mul_(head.softcap)
-        yield begin, z, columns
+
+class _Logits:
+    """Logits of this rank's real rows, chunk by chunk in one scratch."""
+
+    def __init__(self, hidden, weight, bias, labels, head: Head, buffers: int):
+        """`buffers` counts the (N, w) float32 temporaries of the caller, the scratch among them."""
+        self.weight, self.bias, self.labels, self.head = weight, bias, labels, head
+        self.hidden = hidden.to(_gemm_dtype(hidden, weight))
+        self.dtype, (n, d) = statistics_dtype(hidden, weight), hidden.shape
+        self.width = min(chunk_width(n, d, self.dtype.itemsize, buffers), max(head.num_rows, 1))
+        self.scratch = hidden.new_empty(n * self.width, dtype=self.dtype)
+        self.converted = hidden.new_empty(0)
+
+    def borders(self, begin: int) -> Iterator[tuple[int, int]]:
+        for start in range(begin, self.head.num_rows, self.width):
+            yield start, min(start + self.width, self.head.num_rows)
+
+    def columns(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:  # (end - begin, D)
+        """Rows of the weight; a copy in `dtype` lasts until the next one."""
+        rows = self.weight[begin:end]
+        if rows.dtype == dtype:
+            return rows
+        if self.converted.dtype != dtype:
+            self.converted = rows.new_empty(self.width * rows.shape[1], dtype=dtype)
+        return self.converted[: rows.numel()].view(rows.shape).copy_(rows)
+
+    def minus(self, begin: int, end: int, offset: Tensor) -> Tensor:  # offset (N,) -> (N, w)
+        """The scratch with the logits, less `offset` per row, in bits."""
+        n = len(self.hidden)
+        z = self.scratch[: n * (end - begin)].view(n, end - begin)
+        columns = self.columns(begin, end, self.hidden.dtype)
+        add_product(z, self.hidden, columns.t(), accumulate=False)
+        if self.bias is not None:
+            z += self.bias[begin:end]
+        scale, softcap = 1 / self.head.temperature, self.head.softcap
+        if softcap is not None:
+            z.mul_(scale / softcap).tanh_()
+            scale = softcap
+        return torch.add(-offset[:, None], z, alpha=scale / UNIT, out=z)
+
+    def without_label(self, begin: int, end: int, offset: Tensor, target: Tensor) -> Tensor:
+        """`minus`, with labels at -inf; their logits go to `target` (N,)."""
+        z = self.minus(begin, end, offset)
+        rows, columns = self.label_positions(begin, end)
+        target[rows] = z[rows, columns] + offset[rows]
+        z[rows, columns] = -math.inf
+        return z
+
+    def label_positions(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Rows whose label lies between two vocab rows of this rank, and its column from there."""
+        column = self.labels.long() - (self.head.vocab_start + begin)
+        (rows,) = ((column >= 0) & (column < end - begin)).nonzero(as_tuple=True)
+        return rows, column[rows]
 
 
 def chunk_width(n: int, d: int, itemsize: int, buffers: int = 1) -> int:
     """Vocab columns of one chunk: logits, a weight slice and its gradient within SCRATCH_BYTES."""
-    return max(SCRATCH_BYTES // (itemsize * (buffers * n + 2 * d)), MIN_CHUNK)
+    fitting = SCRATCH_BYTES // (itemsize * (buffers * n + 2 * d))
+    return max(fitting // MIN_CHUNK, 1) * MIN_CHUNK
 
 
-def _target_column(labels: Tensor, first_id: int, width: int) -> tuple[Tensor, Tensor]:
-    """(N, 1) column of each label in a chunk, clamped into it, and whether it is really there."""
-    column = labels.long()[:, None] - first_id
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
+def _num_kept(budget_bytes: int, anchor: Tensor, dtype: torch.dtype) -> int:
+    """Columns whose exponentials, with the anchor (N,), fit into the budget."""
+    n = len(anchor)
+    return max(budget_bytes - anchor.nbytes, 0) // (n * dtype.itemsize) if n else 0
 
 
 def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""The operator with its vocabulary sharded over gloo processes against the whole in float64."""
+"""The operator with its vocabulary sharded over gloo processes against the whole in float64:
+backward strict and cached, every token on all ranks or each rank with its own."""
 
 from __future__ import annotations
 
@@ -14,12 +15,15 @@ from tests.ops.dense import Result, dense_result, error, row_error
 
 D = 16
 FEATURES = {"temperature": 0.8, "logit_softcap": 4.0}
+ALL = 10**6  # bytes that hold every exponential
 
 
 def case(
-    borders, *, n=40, dtype=torch.float64, bar=1e-12, labels_below=None, vocab_size=None, **options
-):
-    """One sharding of one problem. `borders`: first row of each rank and the end of the last."""
+    borders, *, n=40, dtype=torch.float64, bar=1e-12, labels_below=None, vocab_size=None,
+    row_splits=None, budget=0, **options,
+):  # fmt: skip
+    """One sharding of one problem. `borders`: first row of each rank and the end of the last.
+    `budget`: bytes of the cache, which entropy would rule out."""
     generator = torch.Generator().manual_seed(len(borders) + n)
 
     def randn(*shape):
@@ -33,7 +37,7 @@ def case(
     # First and last row of every shard is some token's label.
     edges = [i for b in borders for i in (b - 1, b) if 0 <= i < (labels_below or vocab_size)]
     labels[: min(len(edges), n)] = torch.tensor(edges[:n], dtype=torch.int64)
-    grads = {"grad_logps": randn(n), "grad_entropy": randn(n)}
+    grads = {"grad_logps": randn(n)} | ({} if budget else {"grad_entropy": randn(n)})
     operands = {"hidden": hidden, "weight": weight, "bias": bias}
     return {
         "borders": borders,
@@ -42,6 +46,8 @@ def case(
         "vocab_size": vocab_size,
         "options": options,
         "grads": grads,
+        "row_splits": row_splits,
+        "budget": budget,
         "bar": bar,
     }
 
@@ -63,11 +69,12 @@ def far_apart(borders, gap):
     return problem
 
 
-def confident(miss):
+def confident(miss, budget):
     """One label that is sure to 1 - p = `miss` in float32, with its strongest rivals elsewhere."""
-    problem = case([0, 30, 60], n=1, dtype=torch.float32, bar=2e-6)
+    problem = case([0, 30, 60], n=1, dtype=torch.float32, bar=2e-6, budget=budget)
     problem["labels"][:] = 5
-    del problem["grads"]["grad_entropy"]  # the float64 form itself is too rough for it here
+    # The float64 form itself is too rough for the entropy here.
+    problem["grads"].pop("grad_entropy", None)
     problem["operands"]["bias"][6:30] -= 20
     odds = expected_result(problem).miss.logit().item()
     problem["operands"]["bias"][5] += odds - math.log(miss)
@@ -90,14 +97,31 @@ CASES = {
         "no tokens": case([0, 50, 100], n=0),
         "second rank 100 above": far_apart([0, 50, 100], 100.0),
         "second rank 100 below": far_apart([0, 50, 100], -100.0),
-        "confident 1e-12": confident(1e-12),
-        "confident 1e-4": confident(1e-4),
+        "confident 1e-12": confident(1e-12, 0),
+        "confident 1e-4": confident(1e-4, 0),
+        "cached": case([0, 37, 100], budget=ALL, **FEATURES),
+        "half cached": case([0, 37, 100], budget=40 * 8 * 20, **FEATURES),
+        "cached float32": case([0, 37, 100], dtype=torch.float32, bar=2e-5, budget=ALL),
+        "cached bfloat16": case([0, 37, 100], dtype=torch.bfloat16, bar=1e-2, budget=ALL),
+        "cached, empty shard": case([0, 0, 100], budget=ALL),
+        "cached, no tokens": case([0, 50, 100], n=0, budget=ALL),
+        "confident 1e-9": confident(1e-9, ALL),
+        "rows even": case([0, 50, 100], row_splits=[20, 20]),
+        "rows uneven": case([0, 37, 100], row_splits=[13, 27], **FEATURES),
+        "rows on the last rank only": case([0, 50, 100], row_splits=[0, 40]),
+        "rows of nobody": case([0, 50, 100], n=0, row_splits=[0, 0]),
+        "rows, bfloat16": case([0, 37, 100], dtype=torch.bfloat16, bar=1e-2, row_splits=[13, 27]),
+        "rows, empty shard": case([0, 0, 100], row_splits=[25, 15]),
+        "rows, cached": case([0, 37, 100], row_splits=[27, 13], budget=ALL),
     },
     4: {
         "uneven": case([0, 10, 11, 64, 100], **FEATURES),
         "float32": case([0, 25, 50, 75, 100], dtype=torch.float32, bar=2e-5),
         "empty and padding": case([0, 40, 40, 80, 128], vocab_size=75),
         "no tokens": case([0, 25, 50, 75, 100], n=0),
+        "cached": case([0, 10, 11, 64, 100], budget=ALL, **FEATURES),
+        "rows": case([0, 10, 11, 64, 100], row_splits=[5, 0, 20, 15], **FEATURES),
+        "rows, half cached": case([0, 10, 11, 64, 100], row_splits=[10] * 4, budget=40 * 8 * 20),
     },
 }
 
@@ -106,26 +130,31 @@ def run_shard(problem, group):
     """This rank's share of a problem: results, gradients and the collectives it took."""
     rank = dist.get_rank(group)
     begin, end = problem["borders"][rank : rank + 2]
-    operands = dict(problem["operands"])
+    operands, splits = dict(problem["operands"]), problem["row_splits"]
     for name in ("weight", "bias"):
         operands[name] = operands[name][begin:end]
+    if splits is not None:
+        operands["hidden"] = operands["hidden"].split(splits)[rank]
     operands = {name: tensor.clone().requires_grad_() for name, tensor in operands.items()}
-    calls = []
+    calls, with_entropy = [], "grad_entropy" in problem["grads"]
     with recorded_collectives(calls):
-        logps, entropy = vocab_parallel_linear_logprob(
+        results = vocab_parallel_linear_logprob(
             labels=problem["labels"],
             vocab_start=begin,
             vocab_size=problem["vocab_size"],
             tp_group=group,
-            return_entropy=True,
+            return_entropy=with_entropy,
+            cache_budget_bytes=problem["budget"],
+            row_splits=splits,
             **operands,
             **problem["options"],
         )
+        results = results if with_entropy else (results,)
         calls.append("backward")
         upstream = problem["grads"].values()
-        loss = sum((x * g.to(x.dtype)).sum() for x, g in zip((logps, entropy), upstream))
+        loss = sum((x * g.to(x.dtype)).sum() for x, g in zip(results, upstream))
         grads = torch.autograd.grad(loss, list(operands.values()))
-    return logps.detach(), entropy.detach(), dict(zip(operands, grads)), calls
+    return [x.detach() for x in results], dict(zip(operands, grads)), calls
 
 
 class recorded_collectives:
@@ -133,7 +162,8 @@ class recorded_collectives:
         self.calls = calls
 
     def __enter__(self):
-        self.saved = {n: getattr(dist, n) for n in ("all_gather_single", "all_reduce")}
+        names = ("all_gather_single", "all_reduce", "reduce_scatter_single")
+        self.saved = {name: getattr(dist, name) for name in names}
         for name, function in self.saved.items():
             setattr(dist, name, self.recording(name, function))
 
@@ -158,16 +188,20 @@ def two_groups_side_by_side(problems):
 
 def errors_of_bad_arguments():
     messages = []
-    weight = torch.zeros(50, D)
-    for labels, vocab_size in ((torch.tensor([100]), 100), (torch.tensor([0]), None)):
+    good = {"labels": torch.tensor([0]), "vocab_size": 100}
+    for bad in (
+        {"labels": torch.tensor([100])},
+        {"vocab_size": None},
+        {"row_splits": [1]},
+        {"row_splits": [1, 1]},
+    ):
         try:
             vocab_parallel_linear_logprob(
                 torch.zeros(1, D),
-                weight,
-                labels,
+                torch.zeros(50, D),
                 vocab_start=50 * dist.get_rank(),
-                vocab_size=vocab_size,
                 tp_group=dist.group.WORLD,
+                **(good | bad),
             )
         except ValueError as error:
             messages.append(str(error))
@@ -206,32 +240,41 @@ def test_sharded_values_and_gradients_equal_the_whole(sharded):
     for name, problem in problems.items():
         expected, bar, real = expected_result(problem), problem["bar"], problem["vocab_size"]
         ranks = [results[name] for results in by_rank]
-        logps, entropy, grads, _ = ranks[0]
-        atol = 1e-5 if logps.dtype == torch.float32 else 1e-11
-        torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=atol, msg=name)
-        torch.testing.assert_close(entropy.double(), expected.entropy, rtol=1e-6, atol=atol)
-        assert error(grads["hidden"], expected.grads["hidden"]) <= 10 * bar, name
+        results, grads, _ = ranks[0]
+        atol = 1e-5 if results[0].dtype == torch.float32 else 1e-11
+        for value, wanted in zip(results, (expected.logps, expected.entropy)):
+            torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=atol, msg=name)
+        dhidden = grads["hidden"]
+        if problem["row_splits"] is not None:
+            parts = [rank_grads["hidden"] for _, rank_grads, _ in ranks]
+            assert [len(part) for part in parts] == problem["row_splits"], name
+            dhidden = torch.cat(parts)
+        assert error(dhidden, expected.grads["hidden"]) <= 10 * bar, name
         for key in ("weight", "bias"):
-            whole = torch.cat([rank_grads[key] for _, _, rank_grads, _ in ranks])
+            whole = torch.cat([rank_grads[key] for _, rank_grads, _ in ranks])
             assert error(whole[:real], expected.grads[key]) <= 10 * bar, (name, key)
             assert not whole[real:].any(), (name, key)
 
 
 def test_every_rank_has_the_same_bits(sharded):
-    _, by_rank = sharded
-    for results in by_rank[1:]:
-        for name, (logps, entropy, grads, _) in results.items():
-            first = by_rank[0][name]
-            assert torch.equal(logps, first[0]) and torch.equal(entropy, first[1]), name
-            assert torch.equal(grads["hidden"], first[2]["hidden"]), name
+    problems, by_rank = sharded
+    for other in by_rank[1:]:
+        for name, (results, grads, _) in other.items():
+            first_results, first_grads, _ = by_rank[0][name]
+            assert all(map(torch.equal, results, first_results)), name
+            if problems[name]["row_splits"] is None:
+                assert torch.equal(grads["hidden"], first_grads["hidden"]), name
 
 
 def test_one_gather_forward_and_one_reduction_backward(sharded):
-    _, by_rank = sharded
-    expected = ["all_gather_single", "backward", "all_reduce"]
-    assert {tuple(result[3]) for results in by_rank for result in results.values()} == {
-        tuple(expected)
-    }
+    problems, by_rank = sharded
+    for results in by_rank:
+        for name, (_, _, calls) in results.items():
+            if problems[name]["row_splits"] is None:
+                assert calls == ["all_gather_single", "backward", "all_reduce"], name
+            else:  # the rows, then their statistics
+                gathers = ["all_gather_single"] * 2
+                assert calls == [*gathers, "backward", "reduce_scatter_single"], name
 
 
 def test_confident_labels_keep_their_digits_across_ranks(sharded):
@@ -241,7 +284,7 @@ def test_confident_labels_keep_their_digits_across_ranks(sharded):
             continue
         expected = expected_result(problem)
         assert expected.miss.item() == pytest.approx(float(name.split()[1]), rel=1e-3)
-        logps, _, grads, _ = by_rank[1][name]
+        (logps,), grads, _ = by_rank[1][name]
         assert error(-torch.expm1(logps.double()), expected.miss) <= 2e-5
         assert row_error(grads["hidden"], expected.grads["hidden"]) <= 2e-5
 
@@ -250,12 +293,14 @@ def test_only_the_given_group_takes_part(four_ranks):
     for index, problem in enumerate(SIDE_BY_SIDE):
         expected = expected_result(problem)
         for rank in (index, index + 2):
-            logps, _, grads, _ = four_ranks[rank][1]
+            (logps, _), grads, _ = four_ranks[rank][1]
             torch.testing.assert_close(logps, expected.logps, rtol=0, atol=1e-11)
             assert error(grads["hidden"], expected.grads["hidden"]) <= 1e-11
 
 
 def test_bad_arguments_raise_on_every_rank_so_nobody_waits(two_ranks):
-    for _, _, (label_message, vocab_message) in two_ranks:
-        assert "label 100 is outside the vocabulary of 100 ids" in label_message
-        assert "vocab_size is None" in vocab_message
+    for _, _, (label, vocab, too_few_splits, too_many_rows) in two_ranks:
+        assert "label 100 is outside the vocabulary of 100 ids" in label
+        assert "vocab_size is None" in vocab
+        assert "row_splits=[1] with 1 labels and 2 ranks" in too_few_splits
+        assert "row_splits=[1, 1] with 1 labels" in too_many_rows

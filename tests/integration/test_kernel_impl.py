@@ -103,6 +103,7 @@ def test_triton_trains_alike_under_the_interpreter(tmp_path):
         result = run_train(
             [*overrides, f"policy.kernel_impl={impl}"],
             log_dir=tmp_path / impl,
+            nproc=None,
             env={"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         assert result.returncode == 0, result.describe()

@@ -59,7 +59,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
     )
 
 
+def row_errors(actual: Tensor, expected: Tensor) -> Tensor:  # (N, ...) -> (N,)
+    """Relative difference of each row, in the 2-norm."""
+    difference = (actual.double() - expected).flatten(1).norm(dim=1)
+    return difference / expected.flatten(1).norm(dim=1)
+
+
 def row_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest relative difference of any single row (in the 2-norm)."""
-    difference = (actual.double() - expected).reshape(len(expected), -1).norm(dim=1)
-    return float((difference / expected.reshape(len(expected), -1).norm(dim=1)).max())
+    return float(row_errors(actual, expected).max())

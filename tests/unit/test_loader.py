@@ -19,6 +19,8 @@ from reinforcer_tp.data.loader import (
     steps_per_epoch,
     validation_batch_rows,
 )
+from reinforcer_tp.data.micro_batches import check_token_ids
+from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,27 @@ def test_reference_log_probs_must_fit_their_pair():
         build_packed_batch([pair], reference_logps=[np.zeros(2)])
     with pytest.raises(ValueError, match="2 reference log-prob rows for 1 pairs"):
         build_packed_batch([pair], reference_logps=[np.zeros(3)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("pair", "bad"),
+    [
+        (TokenizedPair(prompt=[0], chosen=[9], rejected=[1], row=4), None),
+        (TokenizedPair(prompt=[1], chosen=[2, 10], rejected=[3], row=4), 10),
+        (TokenizedPair(prompt=[10], chosen=[2], rejected=[3], row=4), 10),  # the embedding's turn
+        (TokenizedPair(prompt=[1], chosen=[2], rejected=[-1], row=4), -1),
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_found_before_a_run(pair, bad):
+    first = TokenizedPair(prompt=[1, 2], chosen=[3], rejected=[4, 5], row=3)
+    last = TokenizedPair(prompt=[99], chosen=[1], rejected=[1], row=6)
+    check_token_ids(TokenizedSet.from_pairs([]), 10)
+    if bad is None:
+        check_token_ids(TokenizedSet.from_pairs([first, pair]), 10)
+        return
+    for pairs in ([first, pair], [pair, first], [first, pair, last]):
+        with pytest.raises(ValueError, match=f"row 4 holds token id {bad}, .* ids 0 to 9;"):
+            check_token_ids(TokenizedSet.from_pairs(pairs), 10)
 
 
 def test_packed_lengths_count_the_prompt_with_each_side():
