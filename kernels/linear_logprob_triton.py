@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.blocks import Blocks, blocks_for
+from kernels.blocks import Blocks, blocks_for, check_compiler_bugs
 from kernels.head import LOWEST, Chunk, Head, RowFactors, gradient_dtype
 from kernels.linear_logprob_kernels import (
     cached_dlogits_kernel,
@@ -71,7 +71,7 @@ def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_by
     if n == 0 or v == 0:
         return stats, None
     labels, bias = _contiguous(labels, bias)
-    blocks = _blocks(hidden, weight)
+    blocks = _blocks(hidden, weight, head)
     tiles, dtype = triton.cdiv(v, blocks.block_v), gradient_dtype(hidden, weight)
     # What one tile of columns costs: E, and an anchor for each row and slice.
     tile_bytes = n * (blocks.block_v * dtype.itemsize + 4 * blocks.slices)
@@ -116,7 +116,7 @@ def dlogit_chunks(
         _cached_dlogits(cache, labels, head, factors)
         begin = cache.num_columns
         yield from _pieces(cache.e[:, :begin], 0, weight, dtype)
-    blocks = _blocks(hidden, weight)
+    blocks = _blocks(hidden, weight, head)
     width = max(SCRATCH_BYTES // (n * dtype.itemsize * blocks.block_v), 1) * blocks.block_v
     columns = min(width, triton.cdiv(v - begin, blocks.block_v) * blocks.block_v)
     dz = hidden.new_empty(n, columns, dtype=_stored(dtype))
@@ -153,24 +153,28 @@ def _launch(kernel, hidden, weight, bias, head, blocks: Blocks, *, pointers, num
         scales = (math.log2(math.e) / head.temperature, 1.0)
     else:
         scales = (1 / (head.temperature * head.softcap), head.softcap * math.log2(math.e))
+    constants = {
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_V": blocks.block_v,
+        "BLOCK_D": blocks.block_d,
+        "SLICES": blocks.slices,
+        "DESCRIPTORS": blocks.descriptors,
+        "EVEN_D": d % blocks.block_d == 0,
+        "PRECISION": "ieee",  # of float32 operands: tf32 would round them
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "FLATTEN": blocks.flatten,
+        "WARP_SPECIALIZE": blocks.warp_specialize,
+        **flags,
+    }
+    check_compiler_bugs(architecture(hidden.device), kernel.__name__, constants)
     kernel[(grid,)](
         *(*operands, hidden if bias is None else bias, *pointers, n, v, d),
         *(*hidden.stride(), *weight.stride(), *numbers, panel_blocks, *scales),
-        BLOCK_N=blocks.block_n,
-        BLOCK_V=blocks.block_v,
-        BLOCK_D=blocks.block_d,
-        SLICES=blocks.slices,
-        DESCRIPTORS=blocks.descriptors,
-        EVEN_D=d % blocks.block_d == 0,
-        PRECISION="ieee",
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        FLATTEN=blocks.flatten,
-        WARP_SPECIALIZE=blocks.warp_specialize,
+        **constants,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         **({"maxnreg": blocks.maxnreg} if blocks.maxnreg else {}),
-        **flags,
     )
 
 
@@ -180,11 +184,13 @@ def _cached_dlogits(cache: _Cache, labels: Tensor, head: Head, factors: RowFacto
     at_target = factors.at_target
     if head.softcap is not None:
         at_target = at_target * (1 - (factors.target * (UNIT / head.softcap)).square())
-    cached_dlogits_kernel[(triton.cdiv(n, 16) * num_slices,)](
+    width = cache.e.shape[1] // num_slices
+    block_n = max(2048 // width, 1)  # 16 bytes a thread
+    cached_dlogits_kernel[(triton.cdiv(n, block_n) * num_slices,)](
         *(cache.e, cache.anchors, labels, factors.lse, factors.grad, at_target),
         *(n, cache.num_columns, cache.e.stride(0), head.vocab_start),
-        BLOCK_N=16,
-        WIDTH=cache.e.shape[1] // num_slices,
+        BLOCK_N=block_n,
+        WIDTH=width,
     )
 
 
@@ -200,14 +206,15 @@ def _pieces(dz: Tensor, begin: int, weight: Tensor, dtype: torch.dtype) -> Itera
         begin = end
 
 
-def _blocks(hidden: Tensor, weight: Tensor) -> Blocks:
+def _blocks(hidden: Tensor, weight: Tensor, head: Head) -> Blocks:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    # What tensor descriptors and 16-byte loads need.
-    aligned = hidden.dtype == weight.dtype and all(
-        t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-        for t in (hidden, weight)
-    )
-    return blocks_for(architecture(hidden.device), hidden.shape[1], dtype, aligned)
+    row_multiple = 1
+    if hidden.dtype == weight.dtype and all(
+        t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in (hidden, weight)
+    ):
+        row_multiple = math.gcd(hidden.stride(0), weight.stride(0))
+    arch, d = architecture(hidden.device), hidden.shape[1]
+    return blocks_for(arch, d, dtype, row_multiple, head.softcap is not None)
 
 
 def architecture(device: torch.device) -> int:
