@@ -49,7 +49,10 @@ FORMULA = (
     "or exponentials are kept,\n4 where they are computed again), over the time. "
     "extra: most bytes that lived at once beside inputs and results."
 )
-# Forward + backward, smallest time, against (materialised, bare GEMMs): CPU, smollm2.
+# Forward + backward, smallest time, against (materialised, bare GEMMs): CPU, smollm2. In bfloat16
+# they hold where exact logits come out of the bfloat16 units: a float32 GEMM of bfloat16 values
+# reaches those with AMX only; elsewhere it runs at float32 speed (AVX512_BF16: printed, not
+# asserted).
 CPU_BARS = {
     ("float32", "ours-cached"): (0.9, 1.25),
     ("float32", "ours-strict"): (1.1, 1.25),
@@ -77,8 +80,11 @@ class Ratio:
     bar: float | None
     asserted: bool
 
+    def is_met(self) -> bool:
+        return self.value is not None and self.bar is not None and self.value <= self.bar
+
     def missed(self) -> bool:
-        return self.asserted and not (self.value is not None and self.value <= self.bar)
+        return self.asserted and not self.is_met()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,7 +256,7 @@ def make_ratios(case: Case, rows: list[dict]) -> list[Ratio]:
     """Ours over materialised logits and over the bare GEMMs: smallest times of one run."""
     both = {row["contender"]: row for row in rows if row["pass"] == "both"}
     barred = case.device_type == "cpu" and case.shape == "smollm2" and case.n in CPU_BAR_TOKENS
-    fast = case.dtype == "float32" or any(cpu_flags().values())
+    fast = case.dtype == "float32" or cpu_flags()["amx"]
     ratios = []
 
     def add(name: str, other: str, key: str, bar: float | None, asserted: bool) -> None:
@@ -276,7 +282,10 @@ def print_ratios(ratios: list[Ratio]) -> None:
         verdict = ""
         if ratio.bar is not None:
             verdict = f"bar {ratio.bar}: "
-            verdict += ("FAIL" if ratio.missed() else "PASS") if ratio.asserted else "not asserted"
+            if ratio.asserted:
+                verdict += "FAIL" if ratio.missed() else "PASS"
+            else:
+                verdict += ("met" if ratio.is_met() else "missed") + ", not asserted without AMX"
         print(f"    {ratio.text:62}{value:>8}  {verdict}")
 
 

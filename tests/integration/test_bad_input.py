@@ -195,9 +195,6 @@ CASES = {
     "unknown-architecture": Bad(
         files=unknown_architecture, says=("MambaForCausalLM", "LlamaForCausalLM")
     ),
-    "kernel-not-built": Bad(
-        overrides=("policy.kernel_impl=triton",), says=("policy.kernel_impl", "not built yet")
-    ),
     "two-world-does-not-fit": two(
         overrides=(f"{MEGATRON}.tensor_model_parallel_size=3",),
         says=("tensor_model_parallel_size=3", "2"),

@@ -191,7 +191,7 @@ def case_rows(**times: float) -> list[dict]:
 
 
 def test_ratios_by_hand(monkeypatch):
-    monkeypatch.setattr(linear_logprob, "cpu_flags", lambda: {"amx": False, "avx512_bf16": False})
+    monkeypatch.setattr(linear_logprob, "cpu_flags", lambda: {"amx": False, "avx512_bf16": True})
     times = {"materialised": 2.0, "ours_strict": 1.7, "ours_cached": 1.0, "gemms_3": 0.8,
              "gemms_4": 1.0}  # fmt: skip
     case = linear_logprob.Case(
@@ -200,11 +200,11 @@ def test_ratios_by_hand(monkeypatch):
     ratios = linear_logprob.make_ratios(case, case_rows(**times))
     assert [ratio.value for ratio in ratios] == pytest.approx([0.5, 1.25, 0.85, 1.7, 0.225])
     assert [ratio.bar for ratio in ratios] == [0.6, 1.6, 0.75, 1.6, 0.25]
-    # Without bfloat16 units only memory is asserted.
+    # Exact logits come out of the bfloat16 units with AMX only: without it only memory is asserted.
     assert [ratio.asserted for ratio in ratios] == [False, False, False, False, True]
     assert not any(ratio.missed() for ratio in ratios)
 
-    monkeypatch.setattr(linear_logprob, "cpu_flags", lambda: {"amx": False, "avx512_bf16": True})
+    monkeypatch.setattr(linear_logprob, "cpu_flags", lambda: {"amx": True, "avx512_bf16": True})
     ratios = linear_logprob.make_ratios(case, case_rows(**times))
     assert [ratio.missed() for ratio in ratios] == [False, False, True, True, False]
     del times["ours_cached"]  # did not run: that is a miss, not a pass
