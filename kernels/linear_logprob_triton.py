@@ -167,7 +167,7 @@ def _launch(kernel, hidden, weight, bias, head, blocks: Blocks, *, pointers, num
         "WARP_SPECIALIZE": blocks.warp_specialize,
         **flags,
     }
-    check_compiler_bugs(architecture(hidden.device), kernel.__name__, constants)
+    check_compiler_bugs(architecture(hidden.device), constants)
     kernel[(grid,)](
         *(*operands, hidden if bias is None else bias, *pointers, n, v, d),
         *(*hidden.stride(), *weight.stride(), *numbers, panel_blocks, *scales),
