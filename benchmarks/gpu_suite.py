@@ -8,7 +8,9 @@ Exit code: 0, 1 a part failed (missed targets are printed, not failed), 2 no CUD
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,13 +92,17 @@ def run_part(part: str, extra: list[str]) -> str:
     # Under the interpreter nothing here would be about the GPU.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments, *extra], cwd=ROOT, env=environment, start_new_session=True
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, *arguments, *extra], cwd=ROOT, env=environment, timeout=limit_s
-        )
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return f"FAILED: not done after {limit_s} s"
-    verdict = "passed" if done.returncode == 0 else f"FAILED: exit code {done.returncode}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # whatever it started and left
+            os.killpg(process.pid, signal.SIGKILL)
+    verdict = "passed" if code == 0 else f"FAILED: exit code {code}"
     return f"{verdict} ({time.monotonic() - start:.0f} s)"
 
 

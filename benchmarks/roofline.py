@@ -169,7 +169,7 @@ def _merged(launches: list[Launch]) -> list[tuple[Launch, int]]:
 
 
 def _line(mode, launch: Launch, count: int, done: Work, device: Device, shares) -> str:
-    name = launch.kernel.strip("_") + (f" x{count}" if count > 1 else "")
+    name = launch.kernel + (f" x{count}" if count > 1 else "")
     useful = f"{done.useful_flops / done.flops:6.1%}" if done.flops else f"{'-':>6}"
     other = _other_share(launch, shares)
     share = "-" if math.isnan(other) else f"{other:.3f}"

@@ -25,24 +25,21 @@ class Blocks:
     maxnreg: int | None = None
 
 
-# (arch, hidden size class, softcap) for 16-bit operands with aligned rows. Four slices: a smaller
-# epilogue spills no registers. The softcap's slope needs more of them, hence tiles of its own.
-_SOFTCAP_90 = Blocks(block_d=128, num_stages=3, slices=4, descriptors=True)
-_SOFTCAP_100 = replace(_SOFTCAP_90, num_warps=4, maxnreg=255)  # without maxnreg: 168, and spills
+# By architecture and kind, for 16-bit operands with aligned rows. Four slices: a smaller epilogue
+# spills no registers. The softcap's slope needs more of them, hence tiles of its own.
 _WIDE = Blocks(block_v=256, slices=4, descriptors=True)
+_DEEP = Blocks(block_d=128, num_stages=3, slices=4, descriptors=True)
 BLOCK_TABLE = {
-    (80, "small", False): Blocks(slices=4),
-    (80, "large", False): Blocks(block_v=256, slices=4),
-    (80, "small", True): Blocks(slices=4),
-    (80, "large", True): Blocks(slices=4),
-    (90, "small", False): _WIDE,
-    (90, "large", False): _WIDE,
-    (90, "small", True): _SOFTCAP_90,
-    (90, "large", True): _SOFTCAP_90,
-    (100, "small", False): Blocks(descriptors=True, flatten=True, warp_specialize=True),
-    (100, "large", False): _WIDE,
-    (100, "small", True): _SOFTCAP_100,
-    (100, "large", True): _SOFTCAP_100,
+    (80, "small"): Blocks(slices=4),
+    (80, "large"): Blocks(block_v=256, slices=4),
+    (80, "softcap"): Blocks(slices=4),
+    (90, "small"): _WIDE,
+    (90, "large"): _WIDE,
+    (90, "softcap"): _DEEP,
+    (100, "small"): Blocks(descriptors=True, flatten=True, warp_specialize=True),
+    (100, "large"): _WIDE,
+    # Without maxnreg the assembler stops at 168 registers, and spills.
+    (100, "softcap"): replace(_DEEP, num_warps=4, maxnreg=255),
 }
 SMALL_D = 1024  # up to here the epilogue weighs more than the GEMM's tile
 UNALIGNED = Blocks(num_stages=3, slices=4)  # rows do not begin on 16 bytes
@@ -81,16 +78,20 @@ def blocks_for(arch: int, d: int, dtype: torch.dtype, row_multiple: int, softcap
     multiples of `row_multiple` elements: descriptors need 8, Triton's 16-byte loads 16."""
     if dtype == torch.float32:
         return FLOAT32
-    family = {80: 80, 90: 90, 100: 100, 103: 100}.get(arch)
-    if family is None:
+    kind = "softcap" if softcap else "small" if d <= SMALL_D else "large"
+    blocks = BLOCK_TABLE.get((_family(arch), kind))
+    if blocks is None:
         return OTHER
-    blocks = BLOCK_TABLE[family, "small" if d <= SMALL_D else "large", softcap]
     if row_multiple % (8 if blocks.descriptors else 16) == 0:
         return blocks
     return UNALIGNED_SOFTCAP if softcap else UNALIGNED
 
 
+def _family(arch: int) -> int:
+    return 100 if arch == 103 else arch  # B300 runs what B200 runs
+
+
 def check_compiler_bugs(arch: int, constants: dict[str, object]) -> None:
     for bug in COMPILER_BUGS:
-        if arch == bug.arch and bug.constants.items() <= constants.items():
+        if _family(arch) == bug.arch and bug.constants.items() <= constants.items():
             raise NotImplementedError(f"{bug.name} does not compile; use impl='torch'")

@@ -16,6 +16,10 @@ def gather_rows(hidden: Tensor, head: Head) -> Tensor:  # (N_rank, D) -> (N, D)
     if head.row_splits is None:
         return hidden
     longest = max(head.row_splits)
+    if longest == min(head.row_splits):
+        gathered = hidden.new_empty(longest * len(head.row_splits), hidden.shape[1])
+        dist.all_gather_single(gathered, hidden.contiguous(), group=head.tp_group)
+        return gathered
     padded = hidden.new_zeros(longest, hidden.shape[1])  # NCCL and gloo want equal sizes
     padded[: len(hidden)] = hidden
     gathered = hidden.new_empty(len(head.row_splits), *padded.shape)
@@ -44,14 +48,14 @@ class HiddenGradient:
         if splits is None:
             self.work = dist.all_reduce(self.grad, group=group, async_op=True)
             return
-        parts = self.grad.split(list(splits))
-        padded = self.grad.new_zeros(len(splits), max(splits), self.grad.shape[1])
-        for rank, part in enumerate(parts):
-            padded[rank, : len(part)] = part
-        self.grad = torch.empty_like(padded[0])
-        self.work = dist.reduce_scatter_single(
-            self.grad, padded.flatten(0, 1), group=group, async_op=True
-        )
+        summands = self.grad
+        if min(splits) != max(splits):
+            summands = self.grad.new_zeros(len(splits), max(splits), self.grad.shape[1])
+            for rank, part in enumerate(self.grad.split(list(splits))):
+                summands[rank, : len(part)] = part
+            summands = summands.flatten(0, 1)
+        self.grad = summands.new_empty(max(splits), summands.shape[1])
+        self.work = dist.reduce_scatter_single(self.grad, summands, group=group, async_op=True)
 
     def finish(self) -> Tensor:
         """The gradient of the rows that this rank brought, in their type."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -31,28 +31,56 @@ def add_product(
 
 @contextmanager
 def exact_matmul(hidden: Tensor, weight: Tensor) -> Iterator[None]:
-    """No autocast and no silent rounding of operands or partial sums.
+    """No autocast, no TF32, no partial sums in half precision; the settings found come back.
 
-    On the CPU float32 GEMMs stay float32, but copies of bfloat16 operands go to the bfloat16
-    units, which is exact (float32 accumulator and result).
+    On the CPU float32 GEMMs stay float32, but those of bfloat16 values go to the bfloat16 units
+    where there are any (AMX), which is exact (float32 accumulator and result).
     """
-    both_bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
-    if hidden.is_cuda:
-        settings = {
-            "fp32_precision": "ieee",
-            "allow_bf16_reduced_precision_reduction": False,
-            "allow_fp16_reduced_precision_reduction": False,
-        }
-        backend = torch.backends.cuda.matmul
-    else:
-        settings = {"fp32_precision": "bf16" if both_bfloat16 else "ieee"}
-        backend = torch.backends.mkldnn.matmul
-    saved = {name: getattr(backend, name) for name in settings}
-    with torch.autocast(hidden.device.type, enabled=False):
-        try:
-            for name, value in settings.items():
-                setattr(backend, name, value)
-            yield
-        finally:
-            for name, value in saved.items():
-                setattr(backend, name, value)
+    with torch.autocast(hidden.device.type, enabled=False), ExitStack() as settings:
+        if hidden.is_cuda:
+            settings.enter_context(_exact_cuda_matmul())
+        else:
+            both_bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
+            settings.enter_context(_cpu_matmul_precision("bf16" if both_bfloat16 else "ieee"))
+        yield
+
+
+@contextmanager
+def _cpu_matmul_precision(precision: str) -> Iterator[None]:
+    backend = torch.backends.mkldnn
+    saved = backend.matmul.fp32_precision
+    if saved == backend.fp32_precision:
+        saved = "none"  # inherited; written back as it reads, it would no longer follow
+    backend.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = saved
+
+
+@contextmanager
+def _exact_cuda_matmul() -> Iterator[None]:
+    backend = torch.backends.cuda.matmul
+    precision = backend.fp32_precision
+    try:
+        allowed_tf32 = backend.allow_tf32
+    except RuntimeError:  # set through fp32_precision only; torch refuses to read the older switch
+        allowed_tf32 = False
+    reductions = (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+    )
+    saved = {
+        name: (getattr(backend, name), getattr(backend, name + "_split_k")) for name in reductions
+    }
+    try:
+        backend.allow_tf32 = False  # sets both switches alike, or float32 GEMMs raise
+        for name, (_, split_k) in saved.items():
+            setattr(backend, name, (False, split_k))
+        yield
+    finally:
+        if allowed_tf32:
+            backend.allow_tf32 = True
+        backend.fp32_precision = precision
+        for name, value in saved.items():
+            setattr(backend, name, value)

@@ -1,6 +1,6 @@
 """Vocab-parallel linear log-prob: the public operator, its checks and its autograd Function.
 
-Legend: N tokens, D hidden, V vocab rows of this rank, w columns of one chunk, R ranks.
+Legend: N tokens, D hidden, V vocab rows of this rank.
 
     z[n, v] = softcap((hidden[n] . weight[v] + bias[v]) / temperature)
     logp[n] = z[n, y] - log sum_v exp z[n, v]             y = labels[n], v over all ranks' real rows
@@ -12,11 +12,12 @@ for confident tokens, where 1 - exp(logp) has no correct digit left.
     dL/dz[n, v] = g[n] (onehot(y) - p[n, v]), at the label written as g[n] sigmoid(x[n])
     dhidden = dz @ weight, dweight = dz^T @ hidden        library GEMMs, chunk by chunk of the vocab
 
-Forward saves its inputs, x and the log of the whole sum. Backward computes each chunk of logits
-again (strict, 8NVD FLOPs in all), but for the columns whose exponentials forward kept within
-`cache_budget_bytes` (cached, 6NVD). Tensor-parallel ranks exchange 12 bytes a token in forward and
-sum dhidden in backward, which overlaps the last dweight GEMM. The two inner parts, forward's
-statistics and backward's dz, are `kernels.linear_logprob_triton` (CUDA) or `kernels.reference`.
+Forward saves its inputs (rows gathered from other ranks included), x and the log of the whole sum.
+Backward computes each chunk of logits again (strict, 8NVD FLOPs in all), but for the columns whose
+exponentials forward kept within `cache_budget_bytes` (cached, 6NVD). Tensor-parallel ranks exchange
+12 bytes a token in forward (16 with entropy) and sum dhidden in backward, which overlaps the last
+dweight GEMM. The two inner parts, forward's statistics and backward's dz, are
+`kernels.linear_logprob_triton` (CUDA) or `kernels.reference`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
+from kernels.arguments import (
+    check_label_range,
+    check_operands,
+    check_options,
+    check_rows,
+    checked_vocab,
+)
 from kernels.collectives import HiddenGradient, gather_rows
 from kernels.gemm import add_product, exact_matmul
-from kernels.head import Head, RowFactors, softplus
+from kernels.head import Chunk, Head, RowFactors, gradient_dtype, softplus
 
 
 def vocab_parallel_linear_logprob(
@@ -79,14 +87,14 @@ def vocab_parallel_linear_logprob(
     Raises ValueError for shapes, options and labels that do not fit, NotImplementedError for
     second derivatives and for what the Triton kernels do not take (float64).
     """
-    _check_operands(hidden, weight, labels, bias)
-    _check_options(temperature, logit_softcap, cache_budget_bytes)
+    check_operands(hidden, weight, labels, bias)
+    check_options(temperature, logit_softcap, cache_budget_bytes)
     sharded = tp_group is not None and dist.get_world_size(tp_group) > 1
-    _check_rows(hidden, labels, row_splits, tp_group)
-    vocab_size = _checked_vocab(vocab_start, vocab_size, len(weight), sharded)
+    check_rows(hidden, labels, row_splits, tp_group)
+    vocab_size = checked_vocab(vocab_start, vocab_size, len(weight), sharded)
     backend = _implementation(impl, hidden, weight)
     if (labels.device.type == "cpu") if check_labels is None else check_labels:
-        _check_labels(labels, vocab_size)
+        check_label_range(labels, vocab_size)
     head = Head(
         vocab_start=vocab_start,
         num_rows=min(max(vocab_size - vocab_start, 0), len(weight)),
@@ -103,6 +111,17 @@ def vocab_parallel_linear_logprob(
         hidden, weight, bias, labels, head, budget, backend
     )
     return (logps, entropy) if return_entropy else logps
+
+
+def _implementation(impl: str, hidden: Tensor, weight: Tensor) -> ModuleType:
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl={impl!r}; expected 'auto', 'triton' or 'torch'")
+    if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
+        return reference
+    from kernels import linear_logprob_triton  # needs the triton package
+
+    linear_logprob_triton.check_operands(hidden, weight)
+    return linear_logprob_triton
 
 
 class LinearLogprobFunction(torch.autograd.Function):
@@ -169,6 +188,7 @@ def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]
     grad_hidden = HiddenGradient(hidden, lse.dtype, head) if wants_hidden else None
     grad_weight = _WeightGradient(weight, ctx.fused_weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
+    operand = hidden.to(gradient_dtype(hidden, weight)) if wants_weight else None
     for chunk in ctx.backend.dlogit_chunks(hidden, weight, bias, labels, head, factors, cache):
         if wants_hidden:
             grad_hidden.add(chunk)
@@ -177,7 +197,8 @@ def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]
         if wants_bias:
             grad_bias[chunk.begin : chunk.end] = chunk.dz.sum(0, dtype=lse.dtype)
         if wants_weight:
-            grad_weight.add(chunk, hidden)
+            grad_weight.add(chunk, operand)
+    chunk = cache = None  # before `finish` allocates
     return (
         grad_hidden.finish() if wants_hidden else None,
         grad_weight.finish() if wants_weight else None,
@@ -210,10 +231,9 @@ class _WeightGradient:
         self.grad = torch.empty_like(weight) if fused_weight is None else fused_weight.main_grad
         self.end = 0
 
-    def add(self, chunk, hidden: Tensor) -> None:
+    def add(self, chunk: Chunk, hidden: Tensor) -> None:  # hidden (N, D) in dz's type
         rows = self.grad[chunk.begin : chunk.end]
-        operand = hidden.to(chunk.dz.dtype)
-        add_product(rows, chunk.dz.t(), operand, accumulate=self.fused_weight is not None)
+        add_product(rows, chunk.dz.t(), hidden, accumulate=self.fused_weight is not None)
         self.end = chunk.end
 
     def finish(self) -> Tensor:
@@ -226,87 +246,3 @@ class _WeightGradient:
         weight.grad_added_to_main_grad = True
         shared = getattr(weight, "zero_out_wgrad", False)
         return torch.zeros_like(weight) if shared else torch.empty_like(weight)
-
-
-def _check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{shapes}; expected (N, D) and (V, D)")
-    floats = [t for t in (hidden, weight, bias) if t is not None]
-    if not all(t.is_floating_point() for t in floats):
-        raise ValueError(f"got {[str(t.dtype) for t in floats]}; expected floating point")
-    if len({t.device for t in (*floats, labels)}) > 1:
-        raise ValueError(f"got {[str(t.device) for t in (*floats, labels)]}; expected one device")
-    if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} {labels.dtype}; expected (N,) int64 or int32"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)}; expected ({len(weight)},)")
-
-
-def _checked_vocab(vocab_start: int, vocab_size: int | None, num_rows: int, sharded: bool) -> int:
-    if sharded and vocab_size is None:
-        raise ValueError(
-            "vocab_size is None; with a tp_group give the size of the whole vocabulary"
-        )
-    vocab_size = num_rows if vocab_size is None else vocab_size
-    if vocab_size < 1 or vocab_start < 0:
-        raise ValueError(f"vocab_size={vocab_size}, vocab_start={vocab_start}; expected >= 1, >= 0")
-    if not sharded and (vocab_start != 0 or vocab_size > num_rows):
-        raise ValueError(
-            f"vocab_start={vocab_start}, vocab_size={vocab_size} with {num_rows} weight rows "
-            "and no tp_group; expected vocab_start=0 and every real row; pass tp_group for a shard"
-        )
-    return vocab_size
-
-
-def _check_options(temperature, logit_softcap, cache_budget_bytes) -> None:
-    if not temperature > 0 or (logit_softcap is not None and not logit_softcap > 0):
-        raise ValueError(
-            f"temperature={temperature}, logit_softcap={logit_softcap}; expected numbers above 0"
-        )
-    if not isinstance(cache_budget_bytes, int) or cache_budget_bytes < 0:
-        raise ValueError(f"cache_budget_bytes={cache_budget_bytes!r}; expected an int >= 0")
-
-
-def _check_rows(hidden: Tensor, labels: Tensor, row_splits, tp_group) -> None:
-    """`hidden` has the rows that this rank should bring."""
-    rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group else (0, 1)
-    if row_splits is None:
-        expected = len(labels)
-    elif len(row_splits) != size or sum(row_splits) != len(labels) or min(row_splits) < 0:
-        raise ValueError(
-            f"row_splits={list(row_splits)} with {len(labels)} labels and {size} ranks; expected "
-            "the rows of each rank, together one for each label"
-        )
-    else:
-        expected = row_splits[rank]
-    if len(hidden) != expected:
-        raise ValueError(
-            f"hidden has {len(hidden)} rows; expected {expected} for {len(labels)} labels and "
-            f"row_splits={row_splits}"
-        )
-
-
-def _implementation(impl: str, hidden: Tensor, weight: Tensor) -> ModuleType:
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl={impl!r}; expected 'auto', 'triton' or 'torch'")
-    if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
-        return reference
-    from kernels import linear_logprob_triton  # needs the triton package
-
-    linear_logprob_triton.check_operands(hidden, weight)
-    return linear_logprob_triton
-
-
-def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    if not labels.numel():
-        return
-    low, high = (int(value) for value in labels.aminmax())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"label {bad} is outside the vocabulary of {vocab_size} ids; pass only rows with "
-            "a real label (response tokens; there is no ignore index)"
-        )

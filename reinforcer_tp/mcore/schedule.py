@@ -8,7 +8,6 @@ summed over data-parallel ranks. So unequal and empty micro-batches are exact.
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +55,11 @@ def check_kernel_impl(wanted: str, device: torch.device) -> None:
 
     Asked when a run starts, not by `--check`, which must pass on a login node without a GPU.
     """
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted == "triton" and device.type != "cuda" and not is_interpreted:
+    if wanted != "triton" or device.type == "cuda":
+        return
+    import triton
+
+    if not triton.knobs.runtime.interpret:
         raise ConfigError(
             "policy.kernel_impl=triton needs a CUDA device and this machine shows none; use "
             "policy.kernel_impl=auto (Triton on CUDA, torch elsewhere) or torch, start it on a "

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.collectives
+import kernels.gemm
 import kernels.linear_logprob
 import kernels.reference
 from kernels import vocab_parallel_linear_logprob
@@ -278,6 +279,53 @@ def matmul():
     saved = backend.fp32_precision
     yield backend
     backend.fp32_precision = saved
+
+
+def test_an_inherited_matmul_setting_is_still_inherited_afterwards(matmul):
+    parent = torch.backends.mkldnn
+    matmul.fp32_precision = "none"
+    saved = parent.fp32_precision
+    try:
+        parent.fp32_precision = "bf16"
+        hidden, weight, labels, _ = make()
+        vocab_parallel_linear_logprob(hidden, weight, labels)
+        parent.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        parent.fp32_precision = saved
+
+
+CUDA_SWITCHES = (
+    "fp32_precision",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction_split_k",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction_split_k",
+)
+
+
+@pytest.mark.parametrize("way", ["untouched", "allow_tf32", "fp32_precision"])
+def test_cuda_settings_are_exact_inside_and_come_back(way):
+    backend = torch.backends.cuda.matmul
+    saved = backend.fp32_precision
+    try:
+        if way == "allow_tf32":
+            backend.allow_tf32 = True
+        elif way == "fp32_precision":
+            backend.fp32_precision = "tf32"
+        backend.allow_bf16_reduced_precision_reduction = (False, False)
+        before = {name: getattr(backend, name) for name in CUDA_SWITCHES}
+        with kernels.gemm._exact_cuda_matmul():
+            assert backend.fp32_precision == "ieee"
+            assert backend.allow_tf32 is False  # raises where torch's two switches disagree
+            assert backend.allow_bf16_reduced_precision_reduction is False
+        assert {name: getattr(backend, name) for name in CUDA_SWITCHES} == before
+        if way == "allow_tf32":
+            assert backend.allow_tf32
+    finally:
+        backend.allow_tf32 = False
+        backend.fp32_precision = saved
+        backend.allow_bf16_reduced_precision_reduction = (True, True)
 
 
 @pytest.mark.parametrize("setting", ["bf16", "tf32", "ieee"])

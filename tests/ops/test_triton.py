@@ -96,10 +96,7 @@ def test_mixed_operand_types_compute_in_the_wider_one(hidden_dtype, weight_dtype
 
 
 TILINGS = {
-    **{
-        f"sm_{arch} {size}{' softcap' * softcap}": (arch, blocks)
-        for (arch, size, softcap), blocks in BLOCK_TABLE.items()
-    },
+    **{f"sm_{arch} {kind}": (arch, blocks) for (arch, kind), blocks in BLOCK_TABLE.items()},
     "unaligned": (None, UNALIGNED),
     "float32": (None, FLOAT32),
     "other": (None, OTHER),

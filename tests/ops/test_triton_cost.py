@@ -154,7 +154,7 @@ def launch(hidden, weight, labels, budget=0):
 
 def tile_statistics(n, d, v) -> int:
     """Anchor and sum of each row and slice, in bytes."""
-    blocks = BLOCK_TABLE[90, "small" if d <= 1024 else "large", False]
+    blocks = BLOCK_TABLE[90, "small" if d <= 1024 else "large"]
     return 8 * n * triton.cdiv(v, blocks.block_v) * blocks.slices
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kernels import linear_logprob_triton, vocab_parallel_linear_logprob
 from kernels.blocks import blocks_for
+from kernels.gemm import add_product
 from tests.ops.dense import error
 from tests.ops.triton_cases import BARS, DEVICE, EVERYTHING, check, expect, make, run
 
@@ -170,3 +171,18 @@ def test_a_matrix_of_more_than_2_to_the_31_exponentials():
     torch.testing.assert_close(strict[0][last].double(), expected.logps, rtol=1e-6, atol=1e-5)
     for _, _, grads in (strict, cached):
         assert error(grads["hidden"][last], expected.grads["hidden"]) <= 8e-3
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_half_products_into_float32(accumulate, transposed):
+    """As dweight goes into rows of main_grad (a is dz transposed) and chunks into dhidden."""
+    a = torch.randn(96, 200, device=DEVICE).bfloat16()[:, 8:136]
+    a = a.t() if transposed else a
+    b = torch.randn(a.shape[1], 64, device=DEVICE).bfloat16()
+    whole = torch.randn(300, 64, device=DEVICE)
+    out = whole[100 : 100 + len(a)]
+    expected = out.double() * accumulate + a.double() @ b.double()
+    untouched = whole[:100].clone()
+    add_product(out, a, b, accumulate=accumulate)
+    assert error(out, expected) <= 1e-6 and torch.equal(whole[:100], untouched)
