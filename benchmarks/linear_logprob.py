@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but there is no CUDA device; use --device cpu")
         return 2
+    if args.impl == "triton" and args.device != "cuda":
+        print("error: --impl triton needs --device cuda; the interpreter's speed says nothing")
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     codes = set()

@@ -26,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     if not files:
         print(f"error: no rows in {RESULTS}; run python -m benchmarks.linear_logprob first")
         return 1
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        print(f"error: no such file: {', '.join(missing)}")
+        return 1
     for path in files:
         print(draw(path))
     return 0

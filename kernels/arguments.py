@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,8 +12,13 @@ from torch import Tensor
 
 def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{shapes}; expected (N, D) and (V, D)")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or hidden.shape[1] == 0
+    ):
+        raise ValueError(f"{shapes}; expected (N, D) and (V, D) with D > 0")
     floats = [t for t in (hidden, weight, bias) if t is not None]
     if not all(t.is_floating_point() for t in floats):
         raise ValueError(f"got {[str(t.dtype) for t in floats]}; expected floating point")
@@ -24,11 +32,15 @@ def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise ValueError(f"bias {tuple(bias.shape)}; expected ({len(weight)},)")
 
 
-def checked_vocab(vocab_start: int, vocab_size: int | None, num_rows: int, sharded: bool) -> int:
-    if sharded and vocab_size is None:
+def checked_vocab(
+    vocab_start: int | None, vocab_size: int | None, num_rows: int, sharded: bool
+) -> tuple[int, int]:
+    if sharded and (vocab_size is None or vocab_start is None):
         raise ValueError(
-            "vocab_size is None; with a tp_group give the size of the whole vocabulary"
+            f"vocab_start is {vocab_start}, vocab_size is {vocab_size}; with a tp_group give the "
+            "id of this rank's first row and the size of the whole vocabulary"
         )
+    vocab_start = 0 if vocab_start is None else vocab_start
     vocab_size = num_rows if vocab_size is None else vocab_size
     if vocab_size < 1 or vocab_start < 0:
         raise ValueError(f"vocab_size={vocab_size}, vocab_start={vocab_start}; expected >= 1, >= 0")
@@ -37,15 +49,17 @@ def checked_vocab(vocab_start: int, vocab_size: int | None, num_rows: int, shard
             f"vocab_start={vocab_start}, vocab_size={vocab_size} with {num_rows} weight rows "
             "and no tp_group; expected vocab_start=0 and every real row; pass tp_group for a shard"
         )
-    return vocab_size
+    return vocab_start, vocab_size
 
 
 def check_options(temperature, logit_softcap, cache_budget_bytes) -> None:
-    if not temperature > 0 or (logit_softcap is not None and not logit_softcap > 0):
+    options = [temperature] if logit_softcap is None else [temperature, logit_softcap]
+    if not all(option > 0 and math.isfinite(option) for option in options):
         raise ValueError(
-            f"temperature={temperature}, logit_softcap={logit_softcap}; expected numbers above 0"
+            f"temperature={temperature}, logit_softcap={logit_softcap}; expected finite numbers "
+            "above 0"
         )
-    if not isinstance(cache_budget_bytes, int) or cache_budget_bytes < 0:
+    if not isinstance(cache_budget_bytes, Integral) or cache_budget_bytes < 0:
         raise ValueError(f"cache_budget_bytes={cache_budget_bytes!r}; expected an int >= 0")
 
 

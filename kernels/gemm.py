@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,14 +30,18 @@ def add_product(
         out.copy_(a @ b)
 
 
+_ONE_THREAD = threading.RLock()
+
+
 @contextmanager
 def exact_matmul(hidden: Tensor, weight: Tensor) -> Iterator[None]:
-    """No autocast, no TF32, no partial sums in half precision; the settings found come back.
+    """No autocast, no TF32, no partial sums in half precision; the settings found come back. They
+    are the process's, so one thread at a time is inside.
 
     On the CPU float32 GEMMs stay float32, but those of bfloat16 values go to the bfloat16 units
     where there are any (AMX), which is exact (float32 accumulator and result).
     """
-    with torch.autocast(hidden.device.type, enabled=False), ExitStack() as settings:
+    with _ONE_THREAD, torch.autocast(hidden.device.type, enabled=False), ExitStack() as settings:
         if hidden.is_cuda:
             settings.enter_context(_exact_cuda_matmul())
         else:

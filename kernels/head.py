@@ -28,9 +28,11 @@ class Head:
 @dataclass(frozen=True, kw_only=True)
 class RowFactors:
     """dz[n, v] = at_target[n] if v is the label, else -p (grad[n] + grad_entropy[n] (log p + H)),
-    in both cases times the softcap's slope; p = exp(z - lse), in the implementation's unit."""
+    in both cases times the softcap's slope; p = exp((z - anchor) - log_sum), in the
+    implementation's unit. One number for anchor + log_sum would lose log_sum's digits."""
 
-    lse: Tensor  # (N,)
+    anchor: Tensor  # (N,) near the row's largest z, a whole number
+    log_sum: Tensor  # (N,)
     grad: Tensor  # (N,) upstream gradient / temperature
     at_target: Tensor  # (N,) the label's dz, written with 1 - p where onehot - p loses its digits
     target: Tensor  # (N,) the label's logit in the implementation's unit

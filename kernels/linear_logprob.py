@@ -47,7 +47,7 @@ def vocab_parallel_linear_logprob(
     weight: Tensor,  # (V, D) this rank's rows of the output weight
     labels: Tensor,  # (N,) int64 or int32, ids in the whole vocabulary
     *,
-    vocab_start: int = 0,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     bias: Tensor | None = None,  # (V,)
@@ -61,19 +61,21 @@ def vocab_parallel_linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label, and (`return_entropy`) the entropy, without the (N, V) logits.
 
-    `vocab_start` is the id of this rank's first row. `vocab_size` counts the real ids of the whole
+    `vocab_start` is the id of this rank's first row; shards follow each other without a gap (None:
+    0; only without `tp_group`). `vocab_size` counts the real ids of the whole
     vocabulary; rows from there on are padding that takes no part, whatever it holds (None: every
     row is real; only without `tp_group`). `tp_group` holds the ranks that share the vocabulary
     (None: not sharded); each passes the same `hidden` and `labels` and uses the result alike.
-    With `row_splits` (sequence parallelism) each passes only its own rows of `hidden`,
-    `row_splits[rank]` of the N, in the order of ranks; they are gathered here and dhidden comes
-    back reduce-scattered. `logit_softcap` c maps z to c tanh(z / c).
+    With `row_splits` (sequence parallelism; alike on all ranks) each passes only its own rows of
+    `hidden`, `row_splits[rank]` of the N, in the order of ranks; they are gathered here and dhidden
+    comes back reduce-scattered. `logit_softcap` c maps z to c tanh(z / c).
 
     `cache_budget_bytes` bounds what forward keeps so that backward need not multiply again; 0
-    keeps nothing. With `return_entropy` nothing is kept. `impl`: "triton" (CUDA), "torch", or
-    "auto", which is triton on CUDA and torch elsewhere. `check_labels` (None: on the CPU only)
-    looks for labels out of range; on CUDA that waits for the device, and without it such a label
-    yields -inf.
+    keeps nothing. With `return_entropy` nothing is kept. float16 costs more: its dz is float32.
+
+    `impl`: "triton" (CUDA), "torch", or "auto", which is triton on CUDA and torch elsewhere.
+    `check_labels` (None: on the CPU only) looks for labels out of range; on CUDA that waits for the
+    device, and without it such a label yields -inf.
 
     Returns (N,) in float32, or float64 for float64 operands, alike on every rank. Statistics are
     kept in that precision whatever the operands are. Differentiable once in hidden, weight and
@@ -82,7 +84,8 @@ def vocab_parallel_linear_logprob(
     `grad_added_to_main_grad`) gets its gradient added to `main_grad` directly, as Megatron's own
     layers do under `gradient_accumulation_fusion`; `.grad` is then a placeholder.
 
-    Every rank of `tp_group` must call it, also with N = 0 or without any real row.
+    Every rank of `tp_group` must call it, also with N = 0 or without any real row. While it runs
+    torch's global matmul settings are changed; calls in several threads take turns.
 
     Raises ValueError for shapes, options and labels that do not fit, NotImplementedError for
     second derivatives and for what the Triton kernels do not take (float64).
@@ -91,7 +94,7 @@ def vocab_parallel_linear_logprob(
     check_options(temperature, logit_softcap, cache_budget_bytes)
     sharded = tp_group is not None and dist.get_world_size(tp_group) > 1
     check_rows(hidden, labels, row_splits, tp_group)
-    vocab_size = checked_vocab(vocab_start, vocab_size, len(weight), sharded)
+    vocab_start, vocab_size = checked_vocab(vocab_start, vocab_size, len(weight), sharded)
     backend = _implementation(impl, hidden, weight)
     if (labels.device.type == "cpu") if check_labels is None else check_labels:
         check_label_range(labels, vocab_size)
@@ -100,7 +103,7 @@ def vocab_parallel_linear_logprob(
         num_rows=min(max(vocab_size - vocab_start, 0), len(weight)),
         tp_group=tp_group if sharded else None,
         row_splits=row_splits if sharded else None,
-        temperature=temperature,
+        temperature=float(temperature),
         softcap=logit_softcap,
         with_entropy=return_entropy,
     )
@@ -134,10 +137,12 @@ class LinearLogprobFunction(torch.autograd.Function):
             stats, ctx.cache = backend.forward_statistics(
                 rows, weight, bias, labels, head, cache_budget_bytes
             )
-        x, lse, target, entropy = _merge_ranks(stats, head.tp_group, backend.UNIT)
-        ctx.save_for_backward(rows, weight, bias, labels, x, lse, target, entropy)
-        fused = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+        merged = _merge_ranks(stats, head.tp_group, backend.UNIT)
+        ctx.save_for_backward(rows, weight, bias, labels, *merged)
+        fused = getattr(weight, "main_grad", None) is not None
+        fused = fused and hasattr(weight, "grad_added_to_main_grad")
         ctx.fused_weight = weight if fused else None
+        x, *_, entropy = merged
         return -softplus(x), entropy
 
     @staticmethod
@@ -146,13 +151,19 @@ class LinearLogprobFunction(torch.autograd.Function):
             raise NotImplementedError("vocab_parallel_linear_logprob is differentiable only once")
         saved = ctx.saved_tensors  # unpacked once: activation recompute allows no more
         with torch.cuda.device_of(saved[0]), exact_matmul(*saved[:2]):
-            grads = _backward(ctx, saved, grad_logps, grad_entropy)
-        return *grads, None, None, None, None
+            grad_hidden, grad_weight, grad_bias = _backward(ctx, saved, grad_logps, grad_entropy)
+        return (
+            None if grad_hidden is None else grad_hidden.finish(),
+            None if grad_weight is None else grad_weight.finish(),
+            grad_bias,
+            *(None, None, None, None),
+        )
 
 
-def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All ranks' statistics (3 or 4, N) -> (x, log of the whole sum, the label's z, entropy), each
-    (N,), the same on all. A logit, an anchor and lse count in `unit` nats; x and entropy in nats.
+def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor | None, ...]:
+    """All ranks' statistics (3 or 4, N) -> (x, anchor, log of the whole sum less the anchor, the
+    label's z, entropy or None), each (N,), the same on all. All count in `unit` nats but for x and
+    entropy, which are in nats.
 
     Statistics: anchor m, sum of exp(z - m), the label's z, and with entropy the sum of
     (z - m) exp(z - m); sums run over the rank's columns without the label's. -inf = not here.
@@ -167,25 +178,26 @@ def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor, Tensor, Ten
     scale = ((anchors - anchor) * unit).exp()
     log_total = (totals * scale).sum(0).log()
     x = (anchor - target) * unit + log_total
-    lse = torch.maximum(anchor + log_total / unit, target) + x.abs().neg().exp().log1p() / unit
+    log_sum = torch.maximum(log_total, (target - anchor) * unit) + x.abs().neg().exp().log1p()
     if len(stats) == 3:
-        return x, lse, target, None
+        return x, anchor, log_sum / unit, target, None
     weighted = ((gathered[:, 3] + totals * (anchors - anchor)) * scale).sum(0) * unit
-    # In nats below the anchor: lse - anchor and the mean of the other columns' z - anchor.
-    above = (lse - anchor) * unit
-    mean = weighted / log_total.exp().clamp(min=torch.finfo(stats.dtype).tiny)
-    return x, lse, target, (-x).sigmoid() * softplus(x) + x.sigmoid() * (above - mean)
+    limits = torch.finfo(stats.dtype)
+    mean = weighted / log_total.exp().clamp(min=limits.tiny)  # of the other columns' z - anchor
+    entropy = (-x).sigmoid() * softplus(x).clamp(max=limits.max) + x.sigmoid() * (log_sum - mean)
+    return x, anchor, log_sum / unit, target, entropy
 
 
-def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, each None where nobody asked for it."""
-    hidden, weight, bias, labels, x, lse, target, entropy = saved
+def _backward(ctx, saved, grad_logps, grad_entropy):
+    """Gradients of hidden, weight (both to be finished) and bias, None where nobody asked."""
+    hidden, weight, bias, labels, *merged = saved
+    dtype = merged[0].dtype
     wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     head = ctx.head
     # dz is made in the cache's place, so a second backward (retain_graph) multiplies again.
     cache, ctx.cache = ctx.cache, None
-    factors = _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy)
-    grad_hidden = HiddenGradient(hidden, lse.dtype, head) if wants_hidden else None
+    factors = _row_factors(head, *merged, grad_logps, grad_entropy)
+    grad_hidden = HiddenGradient(hidden, dtype, head) if wants_hidden else None
     grad_weight = _WeightGradient(weight, ctx.fused_weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
     operand = hidden.to(gradient_dtype(hidden, weight)) if wants_weight else None
@@ -195,18 +207,13 @@ def _backward(ctx, saved, grad_logps, grad_entropy) -> tuple[Tensor | None, ...]
             if chunk.end == head.num_rows:
                 grad_hidden.start_reduction()  # overlaps what follows
         if wants_bias:
-            grad_bias[chunk.begin : chunk.end] = chunk.dz.sum(0, dtype=lse.dtype)
+            grad_bias[chunk.begin : chunk.end] = chunk.dz.sum(0, dtype=dtype)
         if wants_weight:
             grad_weight.add(chunk, operand)
-    chunk = cache = None  # before `finish` allocates
-    return (
-        grad_hidden.finish() if wants_hidden else None,
-        grad_weight.finish() if wants_weight else None,
-        grad_bias,
-    )
+    return grad_hidden, grad_weight, grad_bias
 
 
-def _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy) -> RowFactors:
+def _row_factors(head, x, anchor, log_sum, target, entropy, grad_logps, grad_entropy) -> RowFactors:
     grad = torch.zeros_like(x) if grad_logps is None else grad_logps.to(x.dtype) / head.temperature
     at_target = x.sigmoid() * grad
     if grad_entropy is not None:
@@ -214,7 +221,8 @@ def _row_factors(head, x, lse, target, entropy, grad_logps, grad_entropy) -> Row
         # dH/dz = -p (log p + H)
         at_target -= (-x).sigmoid() * (entropy - softplus(x)) * grad_entropy
     return RowFactors(
-        lse=lse,
+        anchor=anchor,
+        log_sum=log_sum,
         grad=grad,
         at_target=at_target,
         target=target,

@@ -45,15 +45,17 @@ def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_by
     dtype, kept = gradient_dtype(hidden, weight), []
     num_kept = _num_kept(cache_budget_bytes, anchor, dtype)
     for begin, end in logits.borders(0):
+        z = logits.without_label(begin, end, target)
         fits = bool((anchor > LOWEST).all())
         if fits:
-            z = logits.without_label(begin, end, anchor, target)
-            part = z.exp2_().sum(1)
+            part = logits.minus(z, anchor).exp2_().sum(1)
             fits = bool((part < MAX_SUM).all())
+            if not fits:
+                z = logits.without_label(begin, end, target)  # their exponentials took its place
         if not fits:  # the first chunk, or logits far above the earlier ones
-            z = logits.without_label(begin, end, torch.zeros_like(anchor), target)
-            lower, anchor = anchor, torch.maximum(anchor, z.amax(1).ceil_())
-            part = z.sub_(anchor[:, None]).exp2_().sum(1)
+            highest = z.amax(1).mul_(logits.scale).ceil_()
+            lower, anchor = anchor, torch.maximum(anchor, highest)
+            part = logits.minus(z, anchor).exp2_().sum(1)
             scale = (lower - anchor).exp2_()
             weighted = (weighted + total * (lower - anchor)) * scale
             total *= scale
@@ -90,13 +92,15 @@ def dlogit_chunks(
 
     begin = 0
     if cache is not None:
-        scale = (cache.anchor - factors.lse).exp2_().mul_(-factors.grad)[:, None]
+        scale = (cache.anchor - factors.anchor).sub_(factors.log_sum).exp2_()
+        scale = scale.mul_(-factors.grad)[:, None]
         for dz in cache.chunks:
             yield finished(begin, _scale_rows(dz, scale, logits.scratch))
             begin += dz.shape[1]
     rounded = hidden.new_empty(0, dtype=dtype)
     for start, end in logits.borders(begin):
-        dz = _dlogits(logits.minus(start, end, factors.lse), factors, head.softcap)
+        z = logits.minus(logits.of(start, end), factors.anchor)
+        dz = _dlogits(z, factors, head.softcap)
         if dtype != dz.dtype:
             dz = rounded.resize_(dz.shape).copy_(dz)
         yield finished(start, dz)
@@ -112,8 +116,9 @@ def _scale_rows(kept: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _dlogits(z: Tensor, factors: RowFactors, softcap: float | None) -> Tensor:
-    """-p times the upstream gradients, in the place of z (N, w) = logits - lse."""
-    slope = None if softcap is None else _slope(z + factors.lse[:, None], softcap)
+    """-p times the upstream gradients, in the place of z (N, w) = logits - anchor."""
+    slope = None if softcap is None else _slope(z + factors.anchor[:, None], softcap)
+    z.sub_(factors.log_sum[:, None])
     if factors.grad_entropy is None:
         dz = z.exp2_().mul_(-factors.grad[:, None])
     else:
@@ -138,6 +143,7 @@ class _Logits:
         self.width = min(chunk_width(n, d, self.dtype.itemsize, buffers), max(head.num_rows, 1))
         self.scratch = hidden.new_empty(n * self.width, dtype=self.dtype)
         self.converted = hidden.new_empty(0)
+        self.scale = (head.softcap or 1 / head.temperature) / UNIT
 
     def borders(self, begin: int) -> Iterator[tuple[int, int]]:
         for start in range(begin, self.head.num_rows, self.width):
@@ -148,29 +154,31 @@ class _Logits:
         rows = self.weight[begin:end]
         if rows.dtype == dtype:
             return rows
-        if self.converted.dtype != dtype:
+        if self.converted.dtype != dtype or not self.converted.numel():
             self.converted = rows.new_empty(self.width * rows.shape[1], dtype=dtype)
         return self.converted[: rows.numel()].view(rows.shape).copy_(rows)
 
-    def minus(self, begin: int, end: int, offset: Tensor) -> Tensor:  # offset (N,) -> (N, w)
-        """The scratch with the logits, less `offset` per row, in bits."""
+    def of(self, begin: int, end: int) -> Tensor:  # (N, end - begin)
+        """The scratch with the logits; times `scale` they count in bits."""
         n = len(self.hidden)
         z = self.scratch[: n * (end - begin)].view(n, end - begin)
         columns = self.columns(begin, end, self.hidden.dtype)
         add_product(z, self.hidden, columns.t(), accumulate=False)
         if self.bias is not None:
             z += self.bias[begin:end]
-        scale, softcap = 1 / self.head.temperature, self.head.softcap
-        if softcap is not None:
-            z.mul_(scale / softcap).tanh_()
-            scale = softcap
-        return torch.add(-offset[:, None], z, alpha=scale / UNIT, out=z)
+        if self.head.softcap is not None:
+            z.mul_(1 / (self.head.temperature * self.head.softcap)).tanh_()
+        return z
 
-    def without_label(self, begin: int, end: int, offset: Tensor, target: Tensor) -> Tensor:
-        """`minus`, with labels at -inf; their logits go to `target` (N,)."""
-        z = self.minus(begin, end, offset)
+    def minus(self, z: Tensor, offset: Tensor) -> Tensor:  # offset (N,)
+        """`of`'s logits in bits, less `offset` per row, in place: one rounding for both."""
+        return torch.add(-offset[:, None], z, alpha=self.scale, out=z)
+
+    def without_label(self, begin: int, end: int, target: Tensor) -> Tensor:
+        """`of`, with labels at -inf; their logits in bits go to `target` (N,)."""
+        z = self.of(begin, end)
         rows, columns = self.label_positions(begin, end)
-        target[rows] = z[rows, columns] + offset[rows]
+        target[rows] = z[rows, columns] * self.scale
         z[rows, columns] = -math.inf
         return z
 

@@ -188,10 +188,11 @@ def two_groups_side_by_side(problems):
 
 def errors_of_bad_arguments():
     messages = []
-    good = {"labels": torch.tensor([0]), "vocab_size": 100}
+    good = {"labels": torch.tensor([0]), "vocab_size": 100, "vocab_start": 50 * dist.get_rank()}
     for bad in (
         {"labels": torch.tensor([100])},
         {"vocab_size": None},
+        {"vocab_start": None},
         {"row_splits": [1]},
         {"row_splits": [1, 1]},
     ):
@@ -199,7 +200,6 @@ def errors_of_bad_arguments():
             vocab_parallel_linear_logprob(
                 torch.zeros(1, D),
                 torch.zeros(50, D),
-                vocab_start=50 * dist.get_rank(),
                 tp_group=dist.group.WORLD,
                 **(good | bad),
             )
@@ -299,8 +299,8 @@ def test_only_the_given_group_takes_part(four_ranks):
 
 
 def test_bad_arguments_raise_on_every_rank_so_nobody_waits(two_ranks):
-    for _, _, (label, vocab, too_few_splits, too_many_rows) in two_ranks:
+    for _, _, (label, vocab, start, too_few_splits, too_many_rows) in two_ranks:
         assert "label 100 is outside the vocabulary of 100 ids" in label
-        assert "vocab_size is None" in vocab
+        assert "vocab_size is None" in vocab and "vocab_start is None" in start
         assert "row_splits=[1] with 1 labels and 2 ranks" in too_few_splits
         assert "row_splits=[1, 1] with 1 labels" in too_many_rows

@@ -137,14 +137,16 @@ def test_entropy_and_its_gradient(dtype, options):
     check(operands, labels, grad, grad_entropy, keep=1, **options)  # keeps nothing all the same
 
 
-@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_mixed_operand_types_compute_in_the_wider_one(hidden_dtype, keep):
+@pytest.mark.parametrize("narrow_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", ["hidden", "weight"])
+def test_mixed_operand_types_compute_in_the_wider_one(narrow, narrow_dtype, keep):
     operands, labels, grad, _ = make(20, 32, 200)
-    operands["hidden"] = operands["hidden"].detach().to(hidden_dtype).requires_grad_()
+    operands[narrow] = operands[narrow].detach().to(narrow_dtype).requires_grad_()
     expected = dense_result(labels=labels, grad_logps=grad, **operands)
     logps, _, grads = run(operands, labels, grad, keep=keep)
     torch.testing.assert_close(logps.double(), expected.logps, rtol=1e-6, atol=1e-5)
-    assert error(grads["weight"], expected.grads["weight"]) <= 2e-5
+    for name, grad in grads.items():
+        assert error(grad, expected.grads[name]) <= (8e-3 if name == narrow else 2e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")

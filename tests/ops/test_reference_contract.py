@@ -3,6 +3,10 @@ main_grad contract, global settings left alone, clear errors."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from threading import Thread
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -421,6 +425,8 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(3, 4), torch.zeros(10, 4), torch.tensor([0,
         ({"vocab_start": 2}, "vocab_start=2.*no tp_group"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"logit_softcap": float("inf")}, "logit_softcap=inf"),
         ({"logit_softcap": -1.0}, "logit_softcap=-1.0"),
         ({"cache_budget_bytes": -1}, "cache_budget_bytes=-1; expected an int >= 0"),
         ({"cache_budget_bytes": 1e9}, "cache_budget_bytes=1000000000.0"),
@@ -441,3 +447,52 @@ def test_labels_are_looked_at_unless_told_not_to():
         vocab_parallel_linear_logprob(HIDDEN, WEIGHT, outside, check_labels=True)
     logps = vocab_parallel_linear_logprob(HIDDEN, WEIGHT, outside, check_labels=False)
     assert logps.isneginf().tolist() == [False, True, False]
+
+
+def test_threads_take_turns_with_the_global_settings(matmul):
+    """One in bfloat16 and one in float32: afterwards nothing of either is left."""
+    matmul.fp32_precision = "ieee"
+    inside, overlaps = [], []
+    plain = kernels.gemm._cpu_matmul_precision
+
+    @contextmanager
+    def watched(precision):
+        overlaps.append(len(inside))
+        inside.append(precision)
+        with plain(precision):
+            yield
+        inside.pop()
+
+    def work(dtype):
+        hidden, weight, labels, grad = make(64, 64, 500, dtype)
+        for _ in range(20):
+            vocab_parallel_linear_logprob(hidden, weight, labels).backward(grad)
+
+    threads = [Thread(target=work, args=(dtype,)) for dtype in (torch.bfloat16, torch.float32)]
+    with mock.patch.object(kernels.gemm, "_cpu_matmul_precision", watched):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(overlaps) == 80 and not any(overlaps)
+    assert matmul.fp32_precision == "ieee"
+
+
+def test_entropy_where_the_label_cannot_be():
+    hidden, weight, _, _ = make(5, 16, 50)
+    bias = torch.zeros(50)
+    bias[7] = -float("inf")
+    labels = torch.full((5,), 7)
+    logps, entropy = vocab_parallel_linear_logprob(
+        hidden, weight, labels, bias=bias, return_entropy=True
+    )
+    others = (hidden @ weight.T + bias).double().softmax(1)
+    assert (logps == -float("inf")).all()
+    torch.testing.assert_close(entropy.double(), torch.special.entr(others).sum(1))
+
+
+def test_a_placeholder_main_grad_is_no_main_grad():
+    hidden, weight, labels, grad = make()
+    weight.main_grad, weight.grad_added_to_main_grad = None, False
+    vocab_parallel_linear_logprob(hidden, weight, labels).backward(grad)
+    assert weight.grad.any() and not weight.grad_added_to_main_grad

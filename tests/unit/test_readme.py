@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -71,7 +72,7 @@ def test_every_file_it_names_exists():
 
 
 def test_the_example_class_works(tmp_path):
-    [source] = [text for language, text in BLOCKS if language == "python"]
+    [source] = [text for language, text in BLOCKS if "class CustomDPODataset" in text]
     names: dict = {}
     exec(compile(source, "README.md", "exec"), names)  # our own file
     path = tmp_path / "rows.jsonl"
@@ -83,3 +84,19 @@ def test_the_example_class_works(tmp_path):
         "chosen_response": "4",
         "rejected_response": "5",
     }
+
+
+def test_the_operators_example_works():
+    [source] = [text for _, text in BLOCKS if "import vocab_parallel_linear_logprob" in text]
+    names = {"hidden": torch.randn(6, 8), "weight": torch.randn(20, 8), "labels": torch.arange(6)}
+    names |= {"tp_rank": 0, "tp_group": None, "vocab_size": 20}
+    exec(compile(source, "README.md", "exec"), names)  # our own file
+    expected = (
+        (names["hidden"] @ names["weight"].T).log_softmax(1).gather(1, names["labels"][:, None])
+    )
+    torch.testing.assert_close(names["logps"], expected[:, 0])
+
+
+def test_every_benchmark_it_names_exists():
+    named = set(re.findall(r"python -m (benchmarks\.\w+)", README))
+    assert len(named) >= 5 and all(importlib.util.find_spec(name) for name in named)
