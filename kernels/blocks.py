@@ -46,6 +46,7 @@ UNALIGNED = Blocks(num_stages=3, slices=4)  # rows do not begin on 16 bytes
 UNALIGNED_SOFTCAP = Blocks(block_v=64, num_stages=3, slices=2)
 FLOAT32 = Blocks(block_n=64, block_v=64, block_d=16, num_warps=4, num_stages=3, slices=4)
 OTHER = Blocks(block_d=32, num_stages=3, slices=4)  # no entry: at most 48 KiB of shared memory
+OTHER_SOFTCAP = Blocks(block_v=64, block_d=32, num_stages=3, slices=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def blocks_for(arch: int, d: int, dtype: torch.dtype, row_multiple: int, softcap
     kind = "softcap" if softcap else "small" if d <= SMALL_D else "large"
     blocks = BLOCK_TABLE.get((_family(arch), kind))
     if blocks is None:
-        return OTHER
+        return OTHER_SOFTCAP if softcap else OTHER
     if row_multiple % (8 if blocks.descriptors else 16) == 0:
         return blocks
     return UNALIGNED_SOFTCAP if softcap else UNALIGNED

@@ -27,17 +27,16 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFactors:
-    """dz[n, v] = at_target[n] if v is the label, else -p (grad[n] + grad_entropy[n] (log p + H)),
-    in both cases times the softcap's slope; p = exp((z - anchor) - log_sum), in the
-    implementation's unit. One number for anchor + log_sum would lose log_sum's digits."""
+    """dz[n, v] = at_target[n] if v is the label, else -p (g + g_entropy (log p + H)), in both cases
+    times the softcap's slope. p = exp(z - anchor) / sum, and log p = z - anchor - log sum: one
+    number for anchor + log sum would lose digits, so the sum is in the other factors."""
 
-    anchor: Tensor  # (N,) near the row's largest z, a whole number
-    log_sum: Tensor  # (N,)
-    grad: Tensor  # (N,) upstream gradient / temperature
+    anchor: Tensor  # (N,) near the row's largest z, a whole number in the implementation's unit
+    grad: Tensor  # (N,) upstream gradient / temperature / sum
     at_target: Tensor  # (N,) the label's dz, written with 1 - p where onehot - p loses its digits
     target: Tensor  # (N,) the label's logit in the implementation's unit
-    grad_entropy: Tensor | None  # (N,) / temperature
-    entropy: Tensor | None  # (N,)
+    grad_entropy: Tensor | None  # (N,) / temperature / sum
+    entropy: Tensor | None  # (N,) H - log sum, in nats
 
 
 @dataclass(frozen=True, kw_only=True)

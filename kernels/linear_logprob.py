@@ -162,8 +162,8 @@ class LinearLogprobFunction(torch.autograd.Function):
 
 def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor | None, ...]:
     """All ranks' statistics (3 or 4, N) -> (x, anchor, log of the whole sum less the anchor, the
-    label's z, entropy or None), each (N,), the same on all. All count in `unit` nats but for x and
-    entropy, which are in nats.
+    label's z, entropy or None), each (N,), the same on all. Logits and anchors count in `unit`
+    nats, the others in nats.
 
     Statistics: anchor m, sum of exp(z - m), the label's z, and with entropy the sum of
     (z - m) exp(z - m); sums run over the rank's columns without the label's. -inf = not here.
@@ -180,12 +180,12 @@ def _merge_ranks(stats: Tensor, group, unit: float) -> tuple[Tensor | None, ...]
     x = (anchor - target) * unit + log_total
     log_sum = torch.maximum(log_total, (target - anchor) * unit) + x.abs().neg().exp().log1p()
     if len(stats) == 3:
-        return x, anchor, log_sum / unit, target, None
+        return x, anchor, log_sum, target, None
     weighted = ((gathered[:, 3] + totals * (anchors - anchor)) * scale).sum(0) * unit
     limits = torch.finfo(stats.dtype)
     mean = weighted / log_total.exp().clamp(min=limits.tiny)  # of the other columns' z - anchor
     entropy = (-x).sigmoid() * softplus(x).clamp(max=limits.max) + x.sigmoid() * (log_sum - mean)
-    return x, anchor, log_sum / unit, target, entropy
+    return x, anchor, log_sum, target, entropy
 
 
 def _backward(ctx, saved, grad_logps, grad_entropy):
@@ -222,12 +222,11 @@ def _row_factors(head, x, anchor, log_sum, target, entropy, grad_logps, grad_ent
         at_target -= (-x).sigmoid() * (entropy - softplus(x)) * grad_entropy
     return RowFactors(
         anchor=anchor,
-        log_sum=log_sum,
-        grad=grad,
+        grad=grad * (-log_sum).exp(),
         at_target=at_target,
         target=target,
-        grad_entropy=grad_entropy,
-        entropy=entropy,
+        grad_entropy=None if grad_entropy is None else grad_entropy * (-log_sum).exp(),
+        entropy=None if grad_entropy is None else entropy - log_sum,
     )
 
 

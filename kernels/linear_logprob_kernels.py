@@ -157,7 +157,7 @@ def linear_logprob_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "V", "vocab_start", "panel_blocks"])
 def linear_logprob_bwd_kernel(
-    hidden, weight, bias_ptr, labels_ptr, row_anchor_ptr, log_sum_ptr, grad_ptr, at_target_ptr,
+    hidden, weight, bias_ptr, labels_ptr, row_anchor_ptr, grad_ptr, at_target_ptr,
     grad_entropy_ptr, entropy_ptr, dz_ptr, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
     stride_dz, vocab_start, panel_blocks, scale_in, scale_out,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
@@ -182,7 +182,6 @@ def linear_logprob_bwd_kernel(
         rows = row0 + tl.arange(0, BLOCK_N)
         labels = _local_labels(labels_ptr, rows, N, V, vocab_start)
         row_anchor = tl.load(row_anchor_ptr + rows, mask=rows < N, other=0.0)
-        log_sum = tl.load(log_sum_ptr + rows, mask=rows < N, other=0.0)
         grad = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
         at_target = tl.load(at_target_ptr + rows, mask=rows < N, other=0.0)
         if WITH_ENTROPY:
@@ -194,13 +193,13 @@ def linear_logprob_bwd_kernel(
             z2, slope = _base2_logits(
                 parts[i], cols, bias_ptr, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP
             )
-            log2_p = (z2 - row_anchor[:, None]) - log_sum[:, None]
+            above = z2 - row_anchor[:, None]
             factor = grad[:, None]
             if WITH_ENTROPY:
-                finite = tl.where((cols < V)[None, :], log2_p, 0.0)
+                finite = tl.where((cols < V)[None, :], above, 0.0)
                 per_logit = finite * 0.6931471805599453 + entropy[:, None]
                 factor += per_logit * grad_entropy[:, None]
-            dz = -tl.exp2(log2_p) * factor
+            dz = -tl.exp2(above) * factor
             dz = tl.where(labels[:, None] == cols[None, :], at_target[:, None], dz)
             if HAS_SOFTCAP:
                 dz *= slope
@@ -244,11 +243,11 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["N", "V", "vocab_start"])
 def cached_dlogits_kernel(
-    e_ptr, anchor_ptr, labels_ptr, row_anchor_ptr, log_sum_ptr, grad_ptr, at_target_ptr,
+    e_ptr, anchor_ptr, labels_ptr, row_anchor_ptr, grad_ptr, at_target_ptr,
     N, V, stride_e, vocab_start,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """E -> dz in its place, one slice of some rows. 2^(a - lse) <= 2, so nothing overflows."""
+    """E -> dz in its place, one slice of some rows. No anchor exceeds its row's: no overflow."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     index = tl.program_id(0) // blocks_n
     rows = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -256,11 +255,10 @@ def cached_dlogits_kernel(
     labels = _local_labels(labels_ptr, rows, N, V, vocab_start)
     anchor = tl.load(anchor_ptr + index.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
     row_anchor = tl.load(row_anchor_ptr + rows, mask=rows < N, other=0.0)
-    log_sum = tl.load(log_sum_ptr + rows, mask=rows < N, other=0.0)
     grad = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
     at_target = tl.load(at_target_ptr + rows, mask=rows < N, other=0.0)
     ptrs = e_ptr + rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
     e = tl.load(ptrs, mask=(rows < N)[:, None], other=0.0).to(tl.float32)
-    dz = e * (-tl.exp2((anchor - row_anchor) - log_sum) * grad)[:, None]
+    dz = e * (-tl.exp2(anchor - row_anchor) * grad)[:, None]
     dz = tl.where(labels[:, None] == cols[None, :], at_target[:, None], dz)
     tl.store(ptrs, dz.to(e_ptr.dtype.element_ty), mask=(rows < N)[:, None])

@@ -131,7 +131,7 @@ def dlogit_chunks(
             linear_logprob_bwd_kernel,
             *(hidden, weight[begin:end], None if bias is None else bias[begin:end], head, blocks),
             pointers=(
-                *(labels, factors.anchor, factors.log_sum, factors.grad, factors.at_target),
+                *(labels, factors.anchor, factors.grad, factors.at_target),
                 *(*entropy, dz),
             ),
             numbers=(dz.stride(0), head.vocab_start + begin),
@@ -193,7 +193,7 @@ def _cached_dlogits(cache: _Cache, labels: Tensor, head: Head, factors: RowFacto
     width = cache.e.shape[1] // num_slices
     block_n = max(2048 // width, 1)  # at least 16 bytes a thread
     cached_dlogits_kernel[(triton.cdiv(n, block_n) * num_slices,)](
-        *(cache.e, cache.anchors, labels, factors.anchor, factors.log_sum, factors.grad, at_target),
+        *(cache.e, cache.anchors, labels, factors.anchor, factors.grad, at_target),
         *(n, cache.num_columns, cache.e.stride(0), head.vocab_start),
         BLOCK_N=block_n,
         WIDTH=width,

@@ -92,8 +92,7 @@ def dlogit_chunks(
 
     begin = 0
     if cache is not None:
-        scale = (cache.anchor - factors.anchor).sub_(factors.log_sum).exp2_()
-        scale = scale.mul_(-factors.grad)[:, None]
+        scale = (cache.anchor - factors.anchor).exp2_().mul_(-factors.grad)[:, None]
         for dz in cache.chunks:
             yield finished(begin, _scale_rows(dz, scale, logits.scratch))
             begin += dz.shape[1]
@@ -118,7 +117,6 @@ def _scale_rows(kept: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
 def _dlogits(z: Tensor, factors: RowFactors, softcap: float | None) -> Tensor:
     """-p times the upstream gradients, in the place of z (N, w) = logits - anchor."""
     slope = None if softcap is None else _slope(z + factors.anchor[:, None], softcap)
-    z.sub_(factors.log_sum[:, None])
     if factors.grad_entropy is None:
         dz = z.exp2_().mul_(-factors.grad[:, None])
     else:
