@@ -38,7 +38,7 @@ ENTRIES = (
     ("unaligned", 1001, torch.bfloat16),
     ("float32", 4096, torch.float32),
 )
-COMPILE_LIMIT_S = 180  # then the process is killed
+COMPILE_LIMIT_S = 60  # then the process is killed
 VOCABS = (16032, 50257)  # a multiple of 16, and not
 
 

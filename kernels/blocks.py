@@ -26,27 +26,27 @@ class Blocks:
 
 
 # By architecture and kind, for 16-bit operands with aligned rows. Four slices: a smaller epilogue
-# spills no registers. The softcap's slope needs more of them, hence tiles of its own.
+# spills no registers.
 _WIDE = Blocks(block_v=256, slices=4, descriptors=True)
 _DEEP = Blocks(block_d=128, num_stages=3, slices=4, descriptors=True)
 BLOCK_TABLE = {
     (80, "small"): Blocks(slices=4),
     (80, "large"): Blocks(block_v=256, slices=4),
-    (80, "softcap"): Blocks(slices=4),
+    (80, "lean"): Blocks(slices=4),
     (90, "small"): _WIDE,
     (90, "large"): _WIDE,
-    (90, "softcap"): _DEEP,
+    (90, "lean"): _DEEP,
     (100, "small"): Blocks(descriptors=True, flatten=True, warp_specialize=True),
     (100, "large"): _WIDE,
     # Without maxnreg the assembler stops at 168 registers, and spills.
-    (100, "softcap"): replace(_DEEP, num_warps=4, maxnreg=255),
+    (100, "lean"): replace(_DEEP, num_warps=4, maxnreg=255),
 }
 SMALL_D = 1024  # up to here the epilogue weighs more than the GEMM's tile
 UNALIGNED = Blocks(num_stages=3, slices=4)  # rows do not begin on 16 bytes
-UNALIGNED_SOFTCAP = Blocks(block_v=64, num_stages=3, slices=2)
+UNALIGNED_LEAN = Blocks(block_v=64, num_stages=3, slices=2)
 FLOAT32 = Blocks(block_n=64, block_v=64, block_d=16, num_warps=4, num_stages=3, slices=4)
 OTHER = Blocks(block_d=32, num_stages=3, slices=4)  # no entry: at most 48 KiB of shared memory
-OTHER_SOFTCAP = Blocks(block_v=64, block_d=32, num_stages=3, slices=2)
+OTHER_LEAN = Blocks(block_v=64, block_d=32, num_stages=3, slices=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ COMPILER_BUGS = tuple(
         ("warp_specialize with 4 slices", {"WARP_SPECIALIZE": True, "SLICES": 4}),
         (
             "warp_specialize with bias and softcap",
-            {"WARP_SPECIALIZE": True, "HAS_BIAS": True, "HAS_SOFTCAP": True},
+            {"WARP_SPECIALIZE": True, "HAS_BIAS": True, "HAS_LEAN": True},
         ),
     )
 )
@@ -79,13 +79,15 @@ def blocks_for(arch: int, d: int, dtype: torch.dtype, row_multiple: int, softcap
     multiples of `row_multiple` elements: descriptors need 8, Triton's 16-byte loads 16."""
     if dtype == torch.float32:
         return FLOAT32
-    kind = "softcap" if softcap else "small" if d <= SMALL_D else "large"
+    # The softcap's slope, and float16's float32 E and dz, take registers that large tiles lack.
+    is_lean = softcap or dtype == torch.float16
+    kind = "lean" if is_lean else "small" if d <= SMALL_D else "large"
     blocks = BLOCK_TABLE.get((_family(arch), kind))
     if blocks is None:
-        return OTHER_SOFTCAP if softcap else OTHER
+        return OTHER_LEAN if is_lean else OTHER
     if row_multiple % (8 if blocks.descriptors else 16) == 0:
         return blocks
-    return UNALIGNED_SOFTCAP if softcap else UNALIGNED
+    return UNALIGNED_LEAN if is_lean else UNALIGNED
 
 
 def _family(arch: int) -> int:
