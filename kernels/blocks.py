@@ -68,7 +68,7 @@ COMPILER_BUGS = tuple(
         ("warp_specialize with 4 slices", {"WARP_SPECIALIZE": True, "SLICES": 4}),
         (
             "warp_specialize with bias and softcap",
-            {"WARP_SPECIALIZE": True, "HAS_BIAS": True, "HAS_LEAN": True},
+            {"WARP_SPECIALIZE": True, "HAS_BIAS": True, "HAS_SOFTCAP": True},
         ),
     )
 )

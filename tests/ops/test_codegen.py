@@ -3,6 +3,7 @@ a subset of the block table passes (`python -m benchmarks.codegen` takes all of 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from benchmarks import codegen, limits, sass
+from kernels import linear_logprob_kernels
+from kernels.blocks import COMPILER_BUGS
 
 # As nvdisasm prints it: the inner loop turns over .L_x_1, the outer one over .L_x_0.
 HOPPER = """
@@ -264,3 +267,9 @@ def test_work_of_a_launch_with_ragged_tiles(compiled):
     assert tile_bytes == tiles * depth * (64 + 64) * 4
     statistics = 4 * 130 * (2 * 5 * compiled["slices"] + 1)  # two of each slice, one of the row
     assert floor_bytes == 4 * 100 * (130 + 257) + statistics
+
+
+def test_compiler_bugs_name_constants_of_their_kernel():
+    for bug in COMPILER_BUGS:
+        source = inspect.getsource(linear_logprob_kernels).split(f"def {bug.kernel}(")[1]
+        assert all(f"{name}: tl.constexpr" in source.split("):")[0] for name in bug.constants)
