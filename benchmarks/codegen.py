@@ -72,7 +72,7 @@ def calls(arch: int | str, quick: bool) -> list[tuple[str, Call]]:
     return wanted if quick else wanted + _other_operands(arch)
 
 
-def _other_operands(arch: int | str) -> Iterator[tuple[str, Call]]:
+def _other_operands(arch: int | str) -> list[tuple[str, Call]]:
     """float16, mixed types, and a D that is no multiple of the tile's depth."""
     wanted = []
     for entry, d in (("small", 576), ("large", 4096)):

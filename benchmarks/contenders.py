@@ -23,6 +23,7 @@ SHAPES = {
     "smollm2": (2048, 576, 49152),
     "tiny": (96, 64, 1000),
 }
+EVERYTHING = 2**40  # bytes of cache budget: all of forward's exponentials
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,9 +63,6 @@ def make_inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Inpu
         labels=labels.to(device),
         grad=torch.randn(n, generator=generator).to(device),
     )
-
-
-EVERYTHING = 2**40  # bytes of cache budget: all of forward's exponentials
 
 
 def make_contenders(

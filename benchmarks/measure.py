@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,14 +147,18 @@ def statistics(samples: list[float]) -> dict[str, float]:
 
 
 def _cpu_peak_bytes(fn: Callable[[], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
+    live, results = live_bytes(fn)
+    return max(live, default=0), results
+
+
+def live_bytes(fn: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Bytes of tensors that `fn` made, after each event of the CPU's allocator, and its result,
+    which is still there after the last."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        results = fn()
-    live = peak = 0
-    for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak, results
+        result = fn()
+    events = trace.profiler.kineto_results.events()
+    live = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return list(live), result
 
 
 def _cuda_peak_bytes(fn: Callable[[], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:

@@ -16,14 +16,14 @@ def gather_rows(hidden: Tensor, head: Head) -> Tensor:  # (N_rank, D) -> (N, D)
     if head.row_splits is None:
         return hidden
     longest = max(head.row_splits)
+    mine = hidden.contiguous()
+    if len(mine) < longest:  # NCCL and gloo want equal sizes
+        mine = hidden.new_zeros(longest, hidden.shape[1])
+        mine[: len(hidden)] = hidden
+    gathered = hidden.new_empty(len(head.row_splits), *mine.shape)
+    dist.all_gather_single(gathered.flatten(0, 1), mine, group=head.tp_group)
     if longest == min(head.row_splits):
-        gathered = hidden.new_empty(longest * len(head.row_splits), hidden.shape[1])
-        dist.all_gather_single(gathered, hidden.contiguous(), group=head.tp_group)
-        return gathered
-    padded = hidden.new_zeros(longest, hidden.shape[1])  # NCCL and gloo want equal sizes
-    padded[: len(hidden)] = hidden
-    gathered = hidden.new_empty(len(head.row_splits), *padded.shape)
-    dist.all_gather_single(gathered.flatten(0, 1), padded, group=head.tp_group)
+        return gathered.flatten(0, 1)
     return torch.cat([rows[:n] for rows, n in zip(gathered, head.row_splits, strict=True)])
 
 

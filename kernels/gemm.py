@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ def exact_matmul(hidden: Tensor, weight: Tensor) -> Iterator[None]:
     On the CPU float32 GEMMs stay float32, but those of bfloat16 values go to the bfloat16 units
     where there are any (AMX), which is exact (float32 accumulator and result).
     """
-    with _ONE_THREAD, torch.autocast(hidden.device.type, enabled=False), ExitStack() as settings:
-        if hidden.is_cuda:
-            settings.enter_context(_exact_cuda_matmul())
-        else:
-            both_bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
-            settings.enter_context(_cpu_matmul_precision("bf16" if both_bfloat16 else "ieee"))
+    if hidden.is_cuda:
+        settings = _exact_cuda_matmul()
+    else:
+        both_bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
+        settings = _cpu_matmul_precision("bf16" if both_bfloat16 else "ieee")
+    with _ONE_THREAD, torch.autocast(hidden.device.type, enabled=False), settings:
         yield
 
 

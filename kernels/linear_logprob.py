@@ -220,12 +220,13 @@ def _row_factors(head, x, anchor, log_sum, target, entropy, grad_logps, grad_ent
         grad_entropy = grad_entropy.to(x.dtype) / head.temperature
         # dH/dz = -p (log p + H)
         at_target -= (-x).sigmoid() * (entropy - softplus(x)) * grad_entropy
+    per_sum = (-log_sum).exp()
     return RowFactors(
         anchor=anchor,
-        grad=grad * (-log_sum).exp(),
+        grad=grad * per_sum,
         at_target=at_target,
         target=target,
-        grad_entropy=None if grad_entropy is None else grad_entropy * (-log_sum).exp(),
+        grad_entropy=None if grad_entropy is None else grad_entropy * per_sum,
         entropy=None if grad_entropy is None else entropy - log_sum,
     )
 

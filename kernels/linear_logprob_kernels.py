@@ -22,12 +22,27 @@ def _tile_position(tile, N, V, panel_blocks, BLOCK_N: tl.constexpr, BLOCK_V: tl.
 
 
 @triton.jit
+def _tile_range(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Tiles of this program: one, or with descriptors (a persistent grid) every num_programs-th."""
+    first = tl.program_id(0)
+    if DESCRIPTORS:
+        last = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+        step = tl.num_programs(0)
+    else:
+        last = first + 1
+        step = 1
+    return first, last, step
+
+
+@triton.jit
 def _dot_tile(
-    hidden, weight, row0, col0, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
+    hidden, weight, tile, panel_blocks, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden[rows] @ weight[cols].T, (BLOCK_N, BLOCK_V) float32. Rows past the end are garbage."""
+    """hidden[rows] @ weight[cols].T (BLOCK_N, BLOCK_V) in float32, garbage past the last row; its
+    rows, and its first column."""
+    row0, col0 = _tile_position(tile, N, V, panel_blocks, BLOCK_N, BLOCK_V)
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, BLOCK_D):
@@ -50,7 +65,7 @@ def _dot_tile(
             acc = tl.dot(h, w.to(h.dtype), acc, input_precision=PRECISION)
             h_ptrs += BLOCK_D * stride_hd
             w_ptrs += BLOCK_D * stride_wd
-    return acc
+    return acc, row0 + tl.arange(0, BLOCK_N), col0
 
 
 @triton.jit
@@ -112,21 +127,13 @@ def linear_logprob_fwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE_E: tl.constexpr, FLATTEN: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0)
-    if DESCRIPTORS:  # persistent: a program goes on to the next tile
-        last = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-        step = tl.num_programs(0)
-    else:
-        last = first + 1
-        step = 1
+    first, last, step = _tile_range(N, V, BLOCK_N, BLOCK_V, DESCRIPTORS)
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     for tile in tl.range(first, last, step, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
-        row0, col0 = _tile_position(tile, N, V, panel_blocks, BLOCK_N, BLOCK_V)
-        acc = _dot_tile(
-            hidden, weight, row0, col0, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
+        acc, rows, col0 = _dot_tile(
+            hidden, weight, tile, panel_blocks, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
             BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
         )  # fmt: skip
-        rows = row0 + tl.arange(0, BLOCK_N)
         labels = _local_labels(labels_ptr, rows, N, V, vocab_start)
         parts = _slices(acc, SLICES)
         for i in tl.static_range(SLICES):
@@ -165,21 +172,13 @@ def linear_logprob_bwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     FLATTEN: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0)
-    if DESCRIPTORS:  # persistent: a program goes on to the next tile
-        last = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-        step = tl.num_programs(0)
-    else:
-        last = first + 1
-        step = 1
+    first, last, step = _tile_range(N, V, BLOCK_N, BLOCK_V, DESCRIPTORS)
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     for tile in tl.range(first, last, step, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
-        row0, col0 = _tile_position(tile, N, V, panel_blocks, BLOCK_N, BLOCK_V)
-        acc = _dot_tile(
-            hidden, weight, row0, col0, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
+        acc, rows, col0 = _dot_tile(
+            hidden, weight, tile, panel_blocks, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
             BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
         )  # fmt: skip
-        rows = row0 + tl.arange(0, BLOCK_N)
         labels = _local_labels(labels_ptr, rows, N, V, vocab_start)
         row_anchor = tl.load(row_anchor_ptr + rows, mask=rows < N, other=0.0)
         grad = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)

@@ -8,7 +8,7 @@ a = ceil(max z2) and the sum of 2^(z2 - a), both without the label's column, and
 8 N S + 4 N bytes for S = V / (BLOCK_V / SLICES). An anchor is an integer, so that rescaling by
 2^(a - b) is exact. A second kernel merges the slices in a fixed order.
 
-Backward's dz is written by the same GEMM with the log of the whole sum known (strict), or made in
+Backward's dz is written by the same GEMM with the row's sum known (strict), or made in
 one pass over the E = 2^(z2 - a) that forward stored (cached; 4 N V bytes moved). Nothing here uses
 atomics. dz's GEMMs are the library's (`kernels.linear_logprob`).
 """
@@ -130,10 +130,7 @@ def dlogit_chunks(
         _launch(
             linear_logprob_bwd_kernel,
             *(hidden, weight[begin:end], None if bias is None else bias[begin:end], head, blocks),
-            pointers=(
-                *(labels, factors.anchor, factors.grad, factors.at_target),
-                *(*entropy, dz),
-            ),
+            pointers=(labels, factors.anchor, factors.grad, factors.at_target, *entropy, dz),
             numbers=(dz.stride(0), head.vocab_start + begin),
             WITH_ENTROPY=with_entropy,
         )

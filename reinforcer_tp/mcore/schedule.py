@@ -143,7 +143,9 @@ def _run(
     def forward_step(iterator, module):
         host_batch = next(iterator)
         attention_params = stage.model.attention_params(host_batch)
-        rows = _own_rows(stage, host_batch).to(stage.topology.device)
+        rows = None  # only the last stage looks at responses
+        if stage.topology.is_last_stage:
+            rows = _own_rows(stage, host_batch).to(stage.topology.device)
         batch = host_batch.to(stage.topology.device)
         hidden = module(
             input_ids=batch.tokens[None],

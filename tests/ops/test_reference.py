@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import kernels.reference
 from kernels import vocab_parallel_linear_logprob
 from kernels.head import gradient_dtype
+from tests.ops import cases
+from tests.ops.cases import BARS, make
 from tests.ops.dense import dense_result, error, row_error, row_errors
 
 # (N, D, V): vocabulary sizes of real models, odd sizes, no tokens, one column.
@@ -32,15 +34,6 @@ OPTIONS = [
     {"logit_softcap": 3.0},
     {"temperature": 1.3, "logit_softcap": 2.0},
 ]
-# Bars: forward (absolute), gradients (relative to the largest). float32 is its own rounding over
-# sums of D and V terms; in bfloat16 and float16 the gradients are rounded once on return, and
-# bfloat16 GEMMs of the backward take dz in bfloat16.
-BARS = {
-    torch.float64: (1e-12, 1e-12),
-    torch.float32: (1e-5, 2e-5),
-    torch.bfloat16: (1e-5, 8e-3),
-    torch.float16: (1e-5, 1e-3),
-}
 
 
 # Share of the vocabulary whose exponentials forward may keep. 0.4 ends within a chunk.
@@ -55,23 +48,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels.reference, "SCRATCH_BYTES", 0)
 
 
-def make(n, d, v, dtype=torch.float32, bias=False, seed=0, scale=1.0):
-    """Operands with peaked logits (uniform ones hide errors) and gradients of mixed sign."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    operands = {
-        "hidden": (randn(n, d) * scale * 2 / d**0.5).to(dtype).requires_grad_(),
-        "weight": randn(v, d).to(dtype).requires_grad_(),
-    }
-    if bias:
-        operands["bias"] = randn(v).to(dtype).requires_grad_()
-    labels = torch.randint(0, v, (n,), generator=generator)
-    return operands, labels, randn(n), randn(n)
-
-
 def budget_for(operands, keep):
     """Bytes for this share of the vocab columns: their exponentials and one anchor a token."""
     hidden, weight = operands["hidden"], operands["weight"]
@@ -81,16 +57,8 @@ def budget_for(operands, keep):
 
 
 def run(operands, labels, grad_logps, grad_entropy=None, keep=0, **options):
-    """(logps, entropy or None, gradients by name) of the operator."""
-    options["return_entropy"] = grad_entropy is not None
     options.setdefault("cache_budget_bytes", budget_for(operands, keep))
-    out = vocab_parallel_linear_logprob(labels=labels, **operands, **options)
-    logps, entropy = out if grad_entropy is not None else (out, None)
-    loss = (logps * grad_logps.to(logps.dtype)).sum()
-    if grad_entropy is not None:
-        loss = loss + (entropy * grad_entropy.to(logps.dtype)).sum()
-    grads = torch.autograd.grad(loss, list(operands.values()))
-    return logps.detach(), entropy, dict(zip(operands, grads, strict=True))
+    return cases.run(operands, labels, grad_logps, grad_entropy, **options)
 
 
 def check(operands, labels, grad_logps, grad_entropy=None, keep=0, **options):
@@ -280,13 +248,6 @@ def test_two_columns_in_float64_by_hand(gap):
     assert logps.item() == pytest.approx(expected, rel=1e-15)
 
 
-def test_one_column_has_no_entropy():
-    operands, labels, grad, grad_entropy = make(4, 16, 1)
-    logps, entropy, grads = run(operands, labels, grad, grad_entropy)
-    assert not logps.any() and not entropy.any()
-    assert not any(value.any() for value in grads.values())
-
-
 def test_gradient_of_the_entropy_alone():
     operands, labels, _, grad_entropy = make(20, 16, 300)
     expected = dense_result(labels=labels, grad_entropy=grad_entropy, **operands)
@@ -294,27 +255,6 @@ def test_gradient_of_the_entropy_alone():
     entropy.backward(grad_entropy.float())
     for name, operand in operands.items():
         assert error(operand.grad, expected.grads[name]) <= 2e-5
-
-
-def test_uniform_logits_give_log_v():
-    logps, entropy = vocab_parallel_linear_logprob(
-        torch.zeros(3, 8), torch.randn(1000, 8), torch.tensor([0, 500, 999]), return_entropy=True
-    )
-    expected = torch.full((3,), 1000.0).log()
-    torch.testing.assert_close(logps, -expected)
-    torch.testing.assert_close(entropy, expected)
-
-
-def test_entropy_of_a_confident_token_is_exact():
-    """Two columns, gap x: H = log(1 + e^-x) + x e^-x / (1 + e^-x), tiny for a large gap."""
-    gaps = torch.tensor([5.0, 20.0, 40.0, 80.0])
-    _, entropy = vocab_parallel_linear_logprob(
-        gaps[:, None], torch.tensor([[1.0], [0.0]]), torch.zeros(4, dtype=torch.int64),
-        return_entropy=True,
-    )  # fmt: skip
-    x = gaps.double()
-    expected = torch.log1p(torch.exp(-x)) + x * torch.sigmoid(-x)
-    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["zero", "stride 0", "non-contiguous"])

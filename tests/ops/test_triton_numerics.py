@@ -173,36 +173,6 @@ def test_two_columns_by_hand(gap):
     assert logps.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_uniform_logits_give_log_v():
-    operands, _, _, _ = make(3, 8, 1000)
-    logps, entropy = vocab_parallel_linear_logprob(
-        torch.zeros(3, 8, device=DEVICE), operands["weight"],
-        torch.tensor([0, 500, 999], device=DEVICE), return_entropy=True, impl="triton",
-    )  # fmt: skip
-    expected = torch.full((3,), 1000.0, device=DEVICE).log()
-    torch.testing.assert_close(logps, -expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(entropy, expected, rtol=1e-6, atol=0)
-
-
-def test_entropy_of_a_confident_token_is_exact():
-    """Two columns, gap x: H = log(1 + e^-x) + x e^-x / (1 + e^-x), tiny for a large gap."""
-    gaps = torch.tensor([5.0, 20.0, 40.0, 80.0], device=DEVICE)
-    _, entropy = vocab_parallel_linear_logprob(
-        gaps[:, None], torch.tensor([[1.0], [0.0]], device=DEVICE),
-        torch.zeros(4, dtype=torch.int64, device=DEVICE), return_entropy=True, impl="triton",
-    )  # fmt: skip
-    x = gaps.double()
-    expected = torch.log1p(torch.exp(-x)) + x * torch.sigmoid(-x)
-    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_one_column_has_no_entropy():
-    operands, labels, grad, grad_entropy = make(4, 16, 1)
-    logps, entropy, grads = run(operands, labels, grad, grad_entropy)
-    assert not logps.any() and not entropy.any()
-    assert not any(value.any() for value in grads.values())
-
-
 def test_gradient_of_the_entropy_alone():
     operands, labels, grad, grad_entropy = make(20, 16, 300)
     check(operands, labels, torch.zeros_like(grad), grad_entropy)

@@ -14,19 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear_logprob_triton, vocab_parallel_linear_logprob
+from kernels import linear_logprob_triton
 from kernels.blocks import Blocks
+from tests.ops import cases
 from tests.ops.dense import dense_result, error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = Blocks(block_n=128, block_v=4096, block_d=64, slices=2)
 SMALL = Blocks(block_n=32, block_v=64, block_d=32, slices=2, num_warps=4, num_stages=2)
 EVERYTHING = 2**40  # a cache budget that holds all columns
-
-# Bars: forward (absolute), gradients (relative to the largest). float32 is its own rounding over
-# sums of D and V terms; in bfloat16 and float16 the gradients are rounded once on return, and
-# bfloat16 GEMMs of the backward take dz in bfloat16.
-BARS = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-5, 8e-3), torch.float16: (1e-5, 1e-3)}
+# Of the types that the kernels take.
+BARS = {dtype: bars for dtype, bars in cases.BARS.items() if dtype != torch.float64}
 
 
 @pytest.fixture(autouse=True)
@@ -59,32 +57,12 @@ def budget_of(tiles: int, n: int, blocks: Blocks = SMALL, itemsize: int = 4) -> 
     return tiles * n * (blocks.block_v * itemsize + 4 * blocks.slices)
 
 
-def make(n, d, v, dtype=torch.float32, bias=False, seed=0, scale=1.0):
-    """Operands with peaked logits (uniform ones hide errors) and gradients of mixed sign."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    operands = {"hidden": randn(n, d) * scale * 2 / d**0.5, "weight": randn(v, d)}
-    if bias:
-        operands["bias"] = randn(v)
-    operands = {k: x.to(DEVICE, dtype).requires_grad_() for k, x in operands.items()}
-    labels = torch.randint(0, v, (n,), generator=generator).to(DEVICE)
-    return operands, labels, randn(n).to(DEVICE), randn(n).to(DEVICE)
+def make(*shape, **options):
+    return cases.make(*shape, **options, device=DEVICE)
 
 
 def run(operands, labels, grad_logps, grad_entropy=None, impl="triton", **options):
-    """(logps, entropy or None, gradients by name) of the operator."""
-    options["return_entropy"] = grad_entropy is not None
-    out = vocab_parallel_linear_logprob(labels=labels, impl=impl, **operands, **options)
-    logps, entropy = out if grad_entropy is not None else (out, None)
-    loss = (logps * grad_logps.to(logps.dtype)).sum()
-    if grad_entropy is not None:
-        loss = loss + (entropy * grad_entropy.to(logps.dtype)).sum()
-    grads = torch.autograd.grad(loss, list(operands.values()))
-    entropy = None if entropy is None else entropy.detach()
-    return logps.detach(), entropy, dict(zip(operands, grads, strict=True))
+    return cases.run(operands, labels, grad_logps, grad_entropy, impl=impl, **options)
 
 
 def expect(operands, labels, grad_logps, grad_entropy=None, **options):

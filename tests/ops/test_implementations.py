@@ -1,5 +1,5 @@
-"""Both implementations where logits are large: gradients as exact as plain float32 torch's, though
-forward's statistics pass through one rounding and backward's logits through another."""
+"""Where both implementations are held to the same numbers: by hand, and with large logits, where
+gradients are as exact as plain float32 torch's though they round in different places."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 from kernels import vocab_parallel_linear_logprob
 from tests.ops.dense import dense_result
-from tests.ops.triton_cases import BIG, DEVICE, use_blocks
+from tests.ops.triton_cases import BIG, DEVICE, make, run, use_blocks
 
 # The interpreter computes rows past the end as well; they are not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 N, D, V = 64, 64, 1000
+IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
 def plain(hidden, weight, bias, labels):
@@ -47,3 +48,36 @@ def test_dhidden_is_as_exact_as_plain_float32(scale, offset, impl, budget, monke
     for quantile in (0.5, 0.99):
         bar = 2 * row_errors(of_plain, expected).quantile(quantile) + 1e-7
         assert row_errors(ours, expected).quantile(quantile) <= bar
+
+
+@IMPLS
+def test_uniform_logits_give_log_v(impl):
+    weight = make(3, 8, 1000)[0]["weight"]
+    logps, entropy = vocab_parallel_linear_logprob(
+        torch.zeros(3, 8, device=DEVICE), weight, torch.tensor([0, 500, 999], device=DEVICE),
+        return_entropy=True, impl=impl,
+    )  # fmt: skip
+    expected = torch.full((3,), 1000.0, device=DEVICE).log()
+    torch.testing.assert_close(logps, -expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy, expected, rtol=1e-6, atol=0)
+
+
+@IMPLS
+def test_entropy_of_a_confident_token_is_exact(impl):
+    """Two columns, gap x: H = log(1 + e^-x) + x e^-x / (1 + e^-x), tiny for a large gap."""
+    gaps = torch.tensor([5.0, 20.0, 40.0, 80.0], device=DEVICE)
+    _, entropy = vocab_parallel_linear_logprob(
+        gaps[:, None], torch.tensor([[1.0], [0.0]], device=DEVICE),
+        torch.zeros(4, dtype=torch.int64, device=DEVICE), return_entropy=True, impl=impl,
+    )  # fmt: skip
+    x = gaps.double()
+    expected = torch.log1p(torch.exp(-x)) + x * torch.sigmoid(-x)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
+
+
+@IMPLS
+def test_one_column_has_no_entropy(impl):
+    operands, labels, grad, grad_entropy = make(4, 16, 1)
+    logps, entropy, grads = run(operands, labels, grad, grad_entropy, impl=impl)
+    assert not logps.any() and not entropy.any()
+    assert not any(value.any() for value in grads.values())
