@@ -176,7 +176,7 @@ class PolicyConfig:
         require(self.model_name.strip() != "", "policy.model_name is empty; expected a model")
         in_range(self, "policy", "train_global_batch_size train_micro_batch_size", 1)
         in_range(self, "policy", "max_total_sequence_length", 2)
-        in_range(self, "policy", "micro_batch_tokens", 4)  # two sides of a prompt and a response
+        in_range(self, "policy", "micro_batch_tokens", 3)  # a prompt and two responses
         in_range(self, "policy", "max_grad_norm", 0)
         in_range(self, "policy", "kernel_cache_mib", 0)
         not_built("policy.fp8", self.fp8, "FP8", None)
@@ -202,7 +202,10 @@ class DataConfig:
     system_prompt_file: str | None = None  # text file with a system message
     shuffle: bool = True  # a new order each epoch, from dpo.seed
     num_workers: int = 1  # processes that tokenize, on each node
-    share_prompts: bool = False  # one prompt for both sides: not built yet; ours
+    share_prompts: bool = True  # compute the prompt once for both sides, same numbers; ours
+    share_prefix: Literal["prompt", "response"] = (
+        "prompt"  # response = also the tokens with which both responses begin; ours
+    )
     overlong: Literal["drop", "truncate_prompt", "truncate_response"] = "drop"  # ours
     on_boundary_mismatch: Literal["longest_common_prefix", "error", "drop"] = (
         "longest_common_prefix"  # where prompt ids are no prefix of both sides; ours
@@ -211,7 +214,16 @@ class DataConfig:
 
     def __post_init__(self):
         in_range(self, "data", "num_workers", 1)
-        not_built("data.share_prompts", self.share_prompts, "sharing the prompt", False)
+        require(
+            self.share_prompts or self.share_prefix == "prompt",
+            "data.share_prefix=response needs data.share_prompts=true, got false; set "
+            "data.share_prompts=true or data.share_prefix=prompt",
+        )
+
+    @property
+    def share(self) -> str:
+        """What a pair lays out once: nothing, prompt or response."""
+        return self.share_prefix if self.share_prompts else "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +342,8 @@ NOT_IN_FINGERPRINT = (
     "cluster",
     "logger",
     "data.num_workers",
+    "data.share_prefix",
+    "data.share_prompts",
     "dpo.max_num_epochs",
     "dpo.max_num_steps",
     "dpo.val_at_end",

@@ -77,7 +77,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     if config.dpo.val_period <= 0:
         data = dataclasses.replace(data, validation=None)
     for pairs in filter(None, (data.train, data.validation)):
-        check_pairs_fit(pairs, policy.micro_batch_tokens)
+        check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)
         for model in filter(None, (files, reference_files)):
             check_token_ids(pairs, model.shape.vocab_size)
     total_steps = num_steps(config, len(data.train))

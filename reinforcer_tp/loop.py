@@ -13,12 +13,12 @@ import torch.distributed as dist
 from reinforcer_tp.config import Config, fingerprint
 from reinforcer_tp.config_check import METRICS
 from reinforcer_tp.data.loader import (
-    PackedBatch,
     global_batch_rows,
     steps_per_epoch,
     validation_batch_rows,
 )
 from reinforcer_tp.data.micro_batches import MicroBatches, MicroBatching, micro_batches
+from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.flops import peak_tflops, training_flops
 from reinforcer_tp.loss import dpo_loss, sequence_sums
@@ -91,9 +91,11 @@ def validation_batches(config: Config, num_pairs: int) -> list[list[int]]:
     )
 
 
-def micro_batching(config: Config, stage: Stage, *, is_validation: bool = False) -> MicroBatching:
+def micro_batching(
+    config: Config, shape: ModelShape, topology: Topology, *, is_validation: bool = False
+) -> MicroBatching:
     """How this run cuts global batches."""
-    policy, topology = config.policy, stage.topology
+    policy, megatron = config.policy, config.policy.megatron_cfg
     max_pairs = policy.train_micro_batch_size
     if is_validation and config.dpo.val_micro_batch_size is not None:
         max_pairs = config.dpo.val_micro_batch_size
@@ -102,8 +104,10 @@ def micro_batching(config: Config, stage: Stage, *, is_validation: bool = False)
         max_pairs=max_pairs,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        divisible_by=topology.tp_size if policy.megatron_cfg.sequence_parallel else 1,
+        divisible_by=topology.tp_size if megatron.sequence_parallel else 1,
         equal_rows=topology.pp_size > 1,
+        share=config.data.share,
+        cost=pair_cost(shape),
     )
 
 
@@ -219,9 +223,12 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
 def _cut(
     run: Run, pair_set: PairSet, rows: Sequence[int], *, is_validation: bool = False
 ) -> MicroBatches:
-    cut = micro_batching(run.config, run.stage, is_validation=is_validation)
-    is_last = run.stage.topology.is_last_stage
-    return micro_batches(pair_set.pairs, rows, cut, pair_set.reference if is_last else None)
+    stage = run.stage
+    cut = micro_batching(
+        run.config, stage.model.shape, stage.topology, is_validation=is_validation
+    )
+    reference = pair_set.reference if stage.topology.is_last_stage else None
+    return micro_batches(pair_set.pairs, rows, cut, reference)
 
 
 def _local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:

@@ -259,7 +259,9 @@ def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> dict[str
             stage,
             pairs,
             wanted,
-            micro_batching(config, stage, is_validation=name == "validation"),
+            micro_batching(
+                config, stage.model.shape, stage.topology, is_validation=name == "validation"
+            ),
             batch_size=config.policy.train_global_batch_size,
             on_progress=lambda text, name=name: progress.message(f"reference, {name}: {text}"),
         )

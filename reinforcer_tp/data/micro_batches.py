@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reinforcer_tp.data.loader import PackedBatch, build_packed_batch, packed_lengths
-from reinforcer_tp.data.packing import pack
+from reinforcer_tp.data.packed_batch import PackedBatch, build_packed_batch, packed_lengths
+from reinforcer_tp.data.packing import PairCost, pack, pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
 
 
@@ -20,6 +20,9 @@ class MicroBatching:
     dp_size: int
     divisible_by: int  # row lengths are multiples of this: tp under sequence parallelism
     equal_rows: bool  # pad all rows of a batch to the longest: pipeline stages need one shape
+    share: str = "prompt"  # what a pair lays out once: nothing | prompt | response
+    cost: PairCost | None = None  # ranks get equal work by it; None = by tokens
+    count_multiple: int = 1  # micro-batches a rank come in multiples of this (interleaved pipeline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +44,16 @@ def micro_batches(
 
     Raises ValueError when a pair is longer than `max_tokens`.
     """
-    lengths = packed_lengths(pairs.lengths(), rows)
-    plan = pack(lengths, max_tokens=cut.max_tokens, max_pairs=cut.max_pairs, num_ranks=cut.dp_size)
-    row_lengths = [
-        _round_up(sum(lengths[i] for i in positions), cut.divisible_by)
-        for rank in plan
-        for positions in rank
-    ]
-    longest = max(row_lengths)
+    shared = pairs.shared_lengths(rows, cut.share)
+    plan, row_lengths = plan_rows(pairs.lengths()[rows], shared, cut)
+    longest = max(max(rank) for rank in row_lengths)
     batches = []
     for positions in plan[cut.dp_rank]:
         members = [rows[i] for i in positions]
         batches.append(
             build_packed_batch(
                 [pairs[i] for i in members],
+                shared=shared[positions].tolist(),
                 reference_logps=None if reference is None else [reference[i] for i in members],
                 row_length=longest if cut.equal_rows else None,
                 divisible_by=cut.divisible_by,
@@ -62,20 +61,50 @@ def micro_batches(
         )
     return MicroBatches(
         batches=tuple(batches),
-        num_tokens=sum(lengths),
-        num_slots=longest * len(row_lengths) if cut.equal_rows else sum(row_lengths),
+        num_tokens=int(packed_lengths(pairs.lengths()[rows], shared).sum()),
+        num_slots=sum(map(sum, row_lengths)),
     )
 
 
-def check_pairs_fit(pairs: TokenizedSet, max_tokens: int | None) -> None:
+def plan_rows(
+    lengths: np.ndarray,  # (n, 3): tokens of prompt, chosen, rejected of a global batch
+    shared: np.ndarray,  # (n,)
+    cut: MicroBatching,
+) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """[rank][micro-batch] -> positions in the global batch, and -> tokens of its padded row."""
+    tokens = packed_lengths(lengths, shared).tolist()
+    plan = pack(
+        tokens,
+        costs=None if cut.cost is None else pair_costs(lengths, shared, cut.cost),
+        max_tokens=cut.max_tokens,
+        max_pairs=cut.max_pairs,
+        num_ranks=cut.dp_size,
+        count_multiple=cut.count_multiple,
+    )
+    rows = [
+        [_round_up(sum(tokens[i] for i in positions), cut.divisible_by) for positions in rank]
+        for rank in plan
+    ]
+    if cut.equal_rows:
+        longest = max(max(rank) for rank in rows)
+        rows = [[longest] * len(rank) for rank in rows]
+    return plan, rows
+
+
+def check_pairs_fit(pairs: TokenizedSet, max_tokens: int | None, share: str) -> None:
     """Raises ValueError, before anything is built, when a pair is longer than a row may be."""
-    lengths = packed_lengths(pairs.lengths(), range(len(pairs)))
+    if max_tokens is None:
+        return
+    lengths = packed_lengths(pairs.lengths(), pairs.shared_lengths(range(len(pairs)), share))
     longest = int(np.argmax(lengths))
-    if max_tokens is not None and lengths[longest] > max_tokens:
+    if lengths[longest] > max_tokens:
+        layout = "both sides with their prompt"
+        if share != "nothing":
+            layout = "the prompt and both responses"
         raise ValueError(
-            f"the pair of row {pairs[longest].row} takes {lengths[longest]} tokens, both sides "
-            f"with their prompt, more than policy.micro_batch_tokens={max_tokens}; raise that to "
-            f"{lengths[longest]} or more, or lower policy.max_total_sequence_length"
+            f"the pair of row {pairs[longest].row} takes {lengths[longest]} tokens, {layout}, "
+            f"more than policy.micro_batch_tokens={max_tokens}; raise that to {lengths[longest]} "
+            "or more, or lower policy.max_total_sequence_length"
         )
 
 

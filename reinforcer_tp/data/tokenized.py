@@ -55,6 +55,30 @@ class TokenizedSet(Sequence[TokenizedPair]):
         """(n, 3) int32: tokens of prompt, chosen and rejected; not to be changed."""
         return self._lengths
 
+    def shared_lengths(self, rows: Sequence[int], share: str) -> np.ndarray:  # (n,) int64
+        """First tokens that both sequences of each pair in `rows` have in common, laid out once.
+
+        `share`: "nothing"; "prompt"; "response" = the prompt and the tokens with which both
+        responses begin, of the rejected one all but its last.
+        """
+        index = np.asarray(rows, dtype=np.int64)
+        assert share in ("nothing", "prompt", "response"), share
+        if share == "nothing":
+            return np.zeros(len(index), np.int64)
+        shared = self._lengths[index, 0].astype(np.int64)
+        if share == "response":
+            shared += [self._common_start(i) for i in index.tolist()]
+        return shared
+
+    def _common_start(self, index: int) -> int:
+        _, num_chosen, num_rejected = self._lengths[index].tolist()
+        end = int(self._ends[index])
+        limit = min(num_chosen, num_rejected - 1)
+        rejected = end - num_rejected
+        chosen = rejected - num_chosen
+        differs = self.tokens[chosen : chosen + limit] != self.tokens[rejected : rejected + limit]
+        return int(differs.argmax()) if differs.any() else limit
+
     @classmethod
     def from_pairs(cls, pairs: Iterable[TokenizedPair]) -> "TokenizedSet":
         pairs = list(pairs)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforcer_tp.config import load_config
-from reinforcer_tp.data.loader import build_packed_batch
+from reinforcer_tp.data.packed_batch import build_packed_batch
 from tests.distributed.spawn import run_distributed
 
 _COMMON = {

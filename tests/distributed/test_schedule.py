@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from reinforcer_tp.config import load_config
-from reinforcer_tp.data.loader import build_packed_batch
+from reinforcer_tp.data.packed_batch import build_packed_batch
 from tests.distributed.spawn import run_distributed
 
 SHAPE = {

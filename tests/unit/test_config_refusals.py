@@ -83,7 +83,7 @@ BAD_OVERRIDES = {
     "policy.kernel_cache_mib=0.5": ("policy.kernel_cache_mib=0.5", "expected a whole number"),
     "policy.kernel_cache_mib=null": ("policy.kernel_cache_mib=null", "expected a whole number"),
     "policy.kernel_cache_mib=true": ("policy.kernel_cache_mib=true", "expected a whole number"),
-    "data.share_prompts=true": ("data.share_prompts=true", "not built yet"),
+    "data.share_prefix=all": ("data.share_prefix", "prompt"),
     "checkpointing.keep_top_k=0": ("checkpointing.keep_top_k=0", "at least 1"),
     "checkpointing.metric_name=accuracy": ("checkpointing.metric_name=accuracy", "validation/"),
 }

@@ -23,7 +23,7 @@ ALLOWED = {
     "reinforcer_tp/mcore": (
         "kernels",
         "reinforcer_tp.config_check",
-        "reinforcer_tp.data.loader",
+        "reinforcer_tp.data.packed_batch",
     ),
     "reinforcer_tp/reference.py": ("reinforcer_tp.data", "reinforcer_tp.mcore"),
     "reinforcer_tp/loop.py": (
