@@ -1,27 +1,27 @@
 """Model FLOPs of a step, and the peak rates they are read against."""
 
+from reinforcer_tp.data.packing import PairCost
 from reinforcer_tp.mcore.model import ModelShape
 
 # Dense bfloat16 tensor-core rates in TFLOP/s, from NVIDIA's datasheets.
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 
 
-def training_flops(
-    shape: ModelShape, *, num_tokens: float, num_response_tokens: float, sum_squared_lengths: float
-) -> float:
-    """FLOPs of one forward and backward (3x forward) over real tokens; recompute is not counted.
+def pair_cost(shape: ModelShape) -> PairCost:
+    """FLOPs of forward and backward (3x forward); recompute is not counted.
 
-    Per token and layer 2 FLOPs a weight; attention 2 * 2 * E * H a visible key (half the square of
-    each sequence's length); the head on response tokens only.
+    Per token and layer 2 FLOPs a weight; attention 2 * 2 * E * H a visible key; the head on
+    response tokens only.
     """
     d = shape.hidden_size
     queries = shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
     layer_weights = d * (2 * queries + 2 * keys) + 3 * d * shape.ffn_hidden_size
-    linear = 2 * shape.num_layers * layer_weights * num_tokens
-    attention = shape.num_layers * 4 * queries * sum_squared_lengths / 2
-    head = 2 * d * shape.vocab_size * num_response_tokens
-    return 3 * (linear + attention + head)
+    return PairCost(
+        token=3.0 * 2 * shape.num_layers * layer_weights,
+        response_token=3.0 * 2 * d * shape.vocab_size,
+        visible_key=3.0 * 4 * shape.num_layers * queries,
+    )
 
 
 def peak_tflops(device_name: str) -> float | None:

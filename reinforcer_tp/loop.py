@@ -19,10 +19,12 @@ from reinforcer_tp.data.loader import (
 )
 from reinforcer_tp.data.micro_batches import MicroBatches, MicroBatching, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
+from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
-from reinforcer_tp.flops import peak_tflops, training_flops
+from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.loss import dpo_loss, sequence_sums
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
+from reinforcer_tp.mcore.model import ModelShape
 from reinforcer_tp.mcore.optim import (
     Training,
     current_lr,
@@ -31,6 +33,7 @@ from reinforcer_tp.mcore.optim import (
     zero_grad,
 )
 from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
+from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 
 _SUMS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
@@ -251,13 +254,9 @@ def _speed(
 ) -> dict[str, float | None]:
     """Rates over all devices together, but for the last two, which are per device."""
     topology = run.stage.topology
-    prompt, chosen, rejected = run.train_set.pairs.lengths()[rows].astype(np.float64).T
-    flops = training_flops(
-        run.stage.model.shape,
-        num_tokens=part.num_tokens,
-        num_response_tokens=float((chosen + rejected).sum()),
-        sum_squared_lengths=float(((prompt + chosen) ** 2 + (prompt + rejected) ** 2).sum()),
-    )
+    pairs, shape = run.train_set.pairs, run.stage.model.shape
+    shared = pairs.shared_lengths(rows, run.config.data.share)
+    flops = sum(pair_costs(pairs.lengths()[rows], shared, pair_cost(shape)))
     tflops = flops / step_s / topology.world_size / 1e12
     speed = {
         "perf/tokens_per_s": part.num_tokens / step_s,

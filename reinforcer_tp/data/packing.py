@@ -1,60 +1,132 @@
 """Which pairs of a global batch go to which rank and micro-batch.
 
-Pure and deterministic: every rank computes the whole plan from the lengths alone. Pairs are dealt
-to ranks of equal work first, and each rank's share is packed first-fit decreasing (at most 11/9 of
-the fewest micro-batches that hold it, plus 6/9: Dosa, ESCAPE 2007).
+Pure and deterministic: every rank computes the whole plan from the lengths alone.
+1. Pairs are dealt to ranks of equal work, the costliest first.
+2. First-fit decreasing finds how many micro-batches a rank's share needs (at most 11/9 of the
+   fewest, plus 6/9: Dosa, ESCAPE 2007); every rank takes as many as the rank that needs most.
+3. Each share is spread evenly over that many: the longest row decides how much memory a step
+   takes, and what all rows are padded to under pipeline parallelism.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-Bin = list[int]  # positions in the global batch, ascending
+import numpy as np
+
+Bin = list[int]  # positions in the global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCost:
+    """FLOPs of forward and backward for one of each."""
+
+    token: float  # laid out in the row
+    response_token: float  # with a label: what the head adds
+    visible_key: float  # of one query: what attention adds
+
+
+def pair_costs(
+    lengths: np.ndarray,  # (n, 3): tokens of prompt P, chosen C, rejected R
+    shared: np.ndarray,  # (n,) first tokens s of both sequences that are laid out once
+    cost: PairCost,
+) -> list[float]:
+    """FLOPs of each pair: 2P + C + R - s tokens, of which C + R labels.
+
+    The queries of a sequence of n tokens see n^2 / 2 keys; the rejected side has none for its
+    first s tokens.
+    """
+    prompt, chosen, rejected = lengths.astype(np.float64).T
+    tokens = 2 * prompt + chosen + rejected - shared
+    visible_keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - shared**2) / 2
+    flops = cost.token * tokens + cost.response_token * (chosen + rejected)
+    return (flops + cost.visible_key * visible_keys).tolist()
 
 
 def pack(
-    lengths: list[int], *, max_tokens: int | None, max_pairs: int | None, num_ranks: int
+    lengths: Sequence[int],
+    *,
+    costs: Sequence[float] | None = None,
+    max_tokens: int | None,
+    max_pairs: int | None,
+    num_ranks: int,
+    count_multiple: int = 1,
 ) -> list[list[Bin]]:
     """Pairs of the given packed lengths (tokens) -> [rank][micro-batch] -> positions.
 
-    Every position appears once, no micro-batch exceeds `max_tokens` or `max_pairs` (None: no such
-    limit; both None: one micro-batch a rank), and every rank has the same number of micro-batches,
-    at least one, the largest first; some may be empty.
+    `costs`: the work of each pair, by which ranks are balanced; None = the lengths. Every position
+    appears once, no micro-batch exceeds `max_tokens` or `max_pairs` (None: no such limit; both
+    None: one micro-batch a rank), and every rank has the same number of micro-batches, a multiple
+    of `count_multiple`, at least one, the largest first; some may be empty.
 
     Raises ValueError for limits below 1 and for a pair of more than `max_tokens`.
     """
-    _check(lengths, max_tokens, max_pairs, num_ranks)
+    _check(lengths, max_tokens, max_pairs, num_ranks, count_multiple)
     if max_tokens is None:
         max_tokens = sum(lengths)
     if max_pairs is None:
         max_pairs = max(len(lengths), 1)
+    costs = lengths if costs is None else costs
     # A rank may take as many pairs as fill the fewest micro-batches that the pair limit allows.
-    num_bins = max(-(-len(lengths) // (num_ranks * max_pairs)), 1)
-    shares = _deal(lengths, num_ranks, num_bins * max_pairs)
-    plan = [_first_fit(lengths, share, max_tokens, max_pairs) for share in shares]
-    count = max(1, *(len(bins) for bins in plan))
-    return [bins + [[] for _ in range(count - len(bins))] for bins in plan]
+    fewest = _round_up(-(-len(lengths) // (num_ranks * max_pairs)), count_multiple)
+    shares = _deal(costs, range(len(lengths)), num_ranks, fewest * max_pairs)
+    shares = [sorted(share, key=lambda i: (-lengths[i], i)) for share in shares]
+    packed = [_first_fit(lengths, share, max_tokens, max_pairs) for share in shares]
+    count = _round_up(max(1, *map(len, packed)), count_multiple)
+    plan = []
+    for share, bins in zip(shares, packed, strict=True):
+        spread = _deal(lengths, share, count, max_pairs)
+        if _size(lengths, spread) > max_tokens:
+            spread = bins + [[] for _ in range(count - len(bins))]
+        plan.append(_even_out(lengths, share, spread, max_pairs))
+    return plan
 
 
-def _deal(lengths: list[int], num_ranks: int, max_pairs: int) -> list[Bin]:
-    """Positions for each rank, dealt longest first to the rank of fewest tokens that has room."""
-    shares: list[Bin] = [[] for _ in range(num_ranks)]
-    heap = [(0, rank) for rank in range(num_ranks)]
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tokens, rank = heapq.heappop(heap)
-        shares[rank].append(position)
-        if len(shares[rank]) < max_pairs:
-            heapq.heappush(heap, (tokens + lengths[position], rank))
-    return shares
+def _deal(
+    weights: Sequence[float], positions: Iterable[int], num_bins: int, max_pairs: int
+) -> list[Bin]:
+    """Bins of about equal weight: the heaviest pair first, each to the lightest that has room."""
+    bins: list[Bin] = [[] for _ in range(num_bins)]
+    heap: list[tuple[float, int]] = [(0, slot) for slot in range(num_bins)]
+    for position in sorted(positions, key=lambda i: -weights[i]):
+        weight, slot = heapq.heappop(heap)
+        bins[slot].append(position)
+        if len(bins[slot]) < max_pairs:
+            heapq.heappush(heap, (weight + weights[position], slot))
+    return bins
 
 
-def _first_fit(lengths: list[int], share: Bin, max_tokens: int, max_pairs: int) -> list[Bin]:
-    """Micro-batches of a rank's share, which comes longest first; the fullest one first.
+def _even_out(lengths: Sequence[int], share: Bin, bins: list[Bin], max_pairs: int) -> list[Bin]:
+    """As many micro-batches as `bins`, the longest row within about 2 % of as short as first-fit
+    decreasing can make it (MULTIFIT: bisection on the room), if not `bins` themselves.
 
-    O(n log n): a max-tree over the room of all possible bins finds the first one that fits.
+    `share` comes longest first.
     """
+    least = -(-sum(lengths[i] for i in share) // len(bins))
+    if share:
+        least = max(least, lengths[share[0]])
+    while (most := _size(lengths, bins)) - least > most // 50:
+        room = (least + most) // 2
+        tighter = _first_fit(lengths, share, room, max_pairs)
+        if len(tighter) <= len(bins):
+            bins = tighter + [[] for _ in range(len(bins) - len(tighter))]
+        else:
+            least = room + 1
+    bins = sorted(bins, key=lambda bin_: -sum(lengths[i] for i in bin_))
+    return [sorted(bin_) for bin_ in bins]
+
+
+def _size(lengths: Sequence[int], bins: list[Bin]) -> int:
+    """Tokens of the longest."""
+    return max(sum(lengths[i] for i in bin_) for bin_ in bins)
+
+
+def _first_fit(lengths: Sequence[int], share: Bin, max_tokens: int, max_pairs: int) -> list[Bin]:
+    """Micro-batches of `share`, each pair in the first that has room; O(n log n)."""
     leaves = 1 << max(len(share) - 1, 0).bit_length()
-    room = [max_tokens] * (2 * leaves)  # node i has children 2i and 2i + 1
+    room = [max_tokens] * (2 * leaves)  # a max-tree: node i has children 2i and 2i + 1
     bins: list[Bin] = []
     for position in share:
         length, node = lengths[position], 1
@@ -66,26 +138,26 @@ def _first_fit(lengths: list[int], share: Bin, max_tokens: int, max_pairs: int) 
         if slot == len(bins):
             bins.append([])
         bins[slot].append(position)
-        left = room[node] - length if len(bins[slot]) < max_pairs else -1
-        _set_leaf(room, node, left)
-    bins.sort(key=lambda bin_: -sum(lengths[i] for i in bin_))
-    return [sorted(bin_) for bin_ in bins]
-
-
-def _set_leaf(tree: list[int], node: int, value: int) -> None:
-    tree[node] = value
-    while node > 1:
-        value = max(tree[node], tree[node ^ 1])
-        node //= 2
-        if tree[node] == value:
-            return
-        tree[node] = value
+        room[node] = room[node] - length if len(bins[slot]) < max_pairs else -1
+        while node > 1 and room[node // 2] != (most := max(room[node], room[node ^ 1])):
+            node //= 2
+            room[node] = most
+    return bins
 
 
 def _check(
-    lengths: list[int], max_tokens: int | None, max_pairs: int | None, num_ranks: int
+    lengths: Sequence[int],
+    max_tokens: int | None,
+    max_pairs: int | None,
+    num_ranks: int,
+    count_multiple: int,
 ) -> None:
-    limits = {"max_tokens": max_tokens, "max_pairs": max_pairs, "num_ranks": num_ranks}
+    limits = {
+        "max_tokens": max_tokens,
+        "max_pairs": max_pairs,
+        "num_ranks": num_ranks,
+        "count_multiple": count_multiple,
+    }
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise ValueError(f"{name}={limit}; expected at least 1")
@@ -93,6 +165,10 @@ def _check(
     if max_tokens is not None and longest > max_tokens:
         raise ValueError(
             f"pair {lengths.index(longest)} of the global batch takes {longest} packed tokens, "
-            f"more than policy.micro_batch_tokens={max_tokens}; raise that, or lower "
-            "policy.max_total_sequence_length"
+            f"more than policy.micro_batch_tokens={max_tokens}; raise that to {longest} or more, "
+            "or lower policy.max_total_sequence_length"
         )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,19 +1,26 @@
 """Packed attention for Megatron's `SelfAttention`: rope by the batch's positions, causal segments.
 
-Legend: T packed tokens (one row), H query heads and G key-value heads of this rank, E head dim,
-S segments. Segments are consecutive stretches of the row; a token sees its own segment only.
+Legend: T packed tokens (one row), K key slots of its segments, H query heads and G key-value heads
+of this rank, E head dim.
+
+The queries of a segment are a consecutive stretch of the row. Its keys are the rows that `kv_index`
+names, the same stretch at their end: what stands before it is shared with an earlier segment.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# A group of segments is padded to its longest; a segment joins when it fills at least this share.
-_MIN_FILL = 0.75
+from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
+from reinforcer_tp.mcore.grouped_attention import (
+    GroupedSegments,
+    group_segments,
+    grouped_attention,
+)
 
 
 @dataclass(kw_only=True)
@@ -27,51 +34,45 @@ class PackedAttentionParams(PackedSeqParams):
 
     cos: Tensor  # (T, E) float32
     sin: Tensor  # (T, E) float32
-    # Per group of segments of similar length: row index of each padded position, and the padded
-    # position of each row (both int64). None where the varlen kernel runs.
-    groups: tuple["SegmentGroup", ...] | None
+    keys: Gather | None  # K rows of the T; None where nothing is shared, or `segments` says it
+    segments: GroupedSegments | None  # None where the varlen kernel runs
 
 
-@dataclass(frozen=True, kw_only=True)
-class SegmentGroup:
-    """Segments of similar length as one padded batch."""
-
-    gather: Tensor  # (S_g, L) int64: token index; padding repeats a token of the same segment
-    rows: Tensor  # (T_g,) int64: the tokens of these segments
-    slots: Tensor  # (T_g,) int64: where those tokens stand in the flattened (S_g * L)
-
-
-def segment_groups(
-    cu_seqlens: Tensor, device: torch.device | str = "cpu"
-) -> tuple[SegmentGroup, ...]:
-    """Groups segments of similar length, on `device`. `cu_seqlens` (S + 1,) integers on the CPU."""
-    lengths = cu_seqlens.diff()
-    order = torch.argsort(lengths, descending=True, stable=True).tolist()
-    batches: list[list[int]] = []
-    for segment in order:
-        length = int(lengths[segment])
-        if length == 0:
-            continue
-        if batches and length >= _MIN_FILL * int(lengths[batches[-1][0]]):
-            batches[-1].append(segment)
-        else:
-            batches.append([segment])
-    return tuple(_segment_group(cu_seqlens, lengths, batch, device) for batch in batches)
-
-
-def _segment_group(
-    cu_seqlens: Tensor, lengths: Tensor, segments: list[int], device: torch.device | str
-) -> SegmentGroup:
-    index = torch.tensor(segments)
-    start, length = cu_seqlens[index].long(), lengths[index].long()
-    longest = int(length.max())
-    offset = torch.arange(longest).expand(len(segments), longest)
-    is_real = offset < length[:, None]
-    gather = start[:, None] + torch.minimum(offset, length[:, None] - 1)
-    return SegmentGroup(
-        gather=gather.to(device),
-        rows=gather[is_real].to(device),
-        slots=is_real.flatten().nonzero().squeeze(1).to(device),
+def packed_attention_params(
+    batch: Any,  # a PackedBatch on the host
+    *,
+    inverse_frequencies: Tensor,  # (E/2,) float32; its device is where attention runs
+    rope_factor: float,
+    has_kernel: bool,  # the varlen kernel runs on that device and dtype
+    num_heads: int,  # H
+    num_kv_heads: int,  # G
+) -> PackedAttentionParams:
+    """Rope tables and segments of one micro-batch, on the model's device."""
+    device = inverse_frequencies.device
+    position_ids = batch.position_ids.to(device, torch.float32, non_blocking=True)
+    angles = position_ids[:, None] * inverse_frequencies
+    angles = torch.cat((angles, angles), dim=-1)  # (T, E)
+    keys = segments = None
+    if not has_kernel:
+        segments = group_segments(
+            batch.cu_seqlens_q,
+            batch.cu_seqlens_kv,
+            batch.kv_index,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            device=device,
+        )
+    elif batch.kv_index is not None:
+        keys = gather_plan(batch.kv_index).to(device)
+    return PackedAttentionParams(
+        cos=angles.cos() * rope_factor,
+        sin=angles.sin() * rope_factor,
+        cu_seqlens_q=batch.cu_seqlens_q.to(device, non_blocking=True),
+        cu_seqlens_kv=batch.cu_seqlens_kv.to(device, non_blocking=True),
+        max_seqlen_q=batch.max_seqlen_q,
+        max_seqlen_kv=batch.max_seqlen_kv,
+        keys=keys,
+        segments=segments,
     )
 
 
@@ -99,8 +100,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PackedAttention(torch.nn.Module):
     """Core attention of Megatron's `SelfAttention` (ModuleSpec); has no parameters.
 
-    On CUDA in bfloat16 and float16 it is the varlen kernel, elsewhere scaled_dot_product_attention
-    over groups of segments of similar length.
+    On CUDA in bfloat16 and float16 it is the varlen kernel, elsewhere padded batches of segments
+    of similar length.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **unused):
@@ -123,35 +124,25 @@ class PackedAttention(torch.nn.Module):
         q = _Rope.apply(query.squeeze(1), params.cos, params.sin)
         k = _Rope.apply(key.squeeze(1), params.cos, params.sin)
         v = value.squeeze(1)
-        if params.groups is None:
-            out = varlen_attn(
-                q,
-                k,
-                v,
-                params.cu_seqlens_q,
-                params.cu_seqlens_kv,
-                params.max_seqlen_q,
-                params.max_seqlen_kv,
-                scale=self.softmax_scale,
-                window_size=(-1, 0),  # causal, aligned bottom-right
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        if params.segments is None:
+            out = _varlen_attention(q, k, v, params, self.softmax_scale)
         else:
-            out = _grouped_sdpa(q, k, v, params.groups, self.softmax_scale)
+            out = grouped_attention(q, k, v, params.segments, self.softmax_scale)
         return out.reshape(out.shape[0], 1, -1)
 
 
-def _grouped_sdpa(q, k, v, groups: tuple[SegmentGroup, ...], scale: float | None) -> Tensor:
-    """One call per group. Padding stands after the real tokens, so causality hides it from them."""
-    outs, rows = [], []
-    for group in groups:
-        padded_q, padded_k, padded_v = (
-            x[group.gather].transpose(1, 2)
-            for x in (q, k, v)  # (S_g, heads, L, E)
-        )
-        out = F.scaled_dot_product_attention(
-            padded_q, padded_k, padded_v, is_causal=True, scale=scale, enable_gqa=True
-        )
-        outs.append(out.transpose(1, 2).flatten(0, 1)[group.slots])
-        rows.append(group.rows)
-    return torch.empty_like(q).index_copy(0, torch.cat(rows), torch.cat(outs))
+def _varlen_attention(q, k, v, params: PackedAttentionParams, scale: float | None) -> Tensor:
+    if params.keys is not None:
+        k, v = gather_rows(k, params.keys), gather_rows(v, params.keys)
+    return varlen_attn(
+        q,
+        k,
+        v,
+        params.cu_seqlens_q,
+        params.cu_seqlens_kv,
+        params.max_seqlen_q,
+        params.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0),  # causal, aligned bottom-right
+        enable_gqa=q.shape[1] != k.shape[1],
+    )

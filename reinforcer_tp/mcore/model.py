@@ -3,6 +3,7 @@
 Legend: T packed tokens, D hidden, V vocabulary (Vp rows of it on this tensor-parallel rank).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,16 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from reinforcer_tp.mcore.attention import PackedAttention, PackedAttentionParams, segment_groups
+from reinforcer_tp.mcore.attention import (
+    PackedAttention,
+    PackedAttentionParams,
+    packed_attention_params,
+)
 from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.pipeline_layout import stage_layers
 
 DTYPES = {
     "float64": torch.float64,  # tests only; the config does not offer it
@@ -139,11 +142,6 @@ def transformer_config(
     shape: ModelShape, megatron: Any, *, dtype: torch.dtype, topology: Topology
 ) -> TransformerConfig:
     """Megatron's config. `megatron` is the config section `policy.megatron_cfg`."""
-    recompute: dict[str, Any] = {}
-    if megatron.activation_checkpointing:
-        recompute["recompute_granularity"] = megatron.recompute_granularity
-        if megatron.recompute_granularity == "full":
-            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -175,10 +173,38 @@ def transformer_config(
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
         sequence_parallel=megatron.sequence_parallel,
-        num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
-        **recompute,
+        **_pipeline_settings(shape, megatron, topology),
+        **_recompute_settings(megatron),
     )
+
+
+def _pipeline_settings(shape: ModelShape, megatron: Any, topology: Topology) -> dict[str, Any]:
+    if topology.pp_size == 1:
+        return {}
+    # Megatron is always told the layers of every stage, so that there is one rule for them, ours.
+    stages = [["decoder"] * count for count in stage_layers(megatron, shape.num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    settings: dict[str, Any] = {"pipeline_model_parallel_layout": stages}
+    if topology.vpp_size > 1:
+        settings["virtual_pipeline_model_parallel_size"] = topology.vpp_size
+        # Batched messages between two ranks are matched by their order alone: with two stages the
+        # previous and the next rank are the same, and activations would arrive as gradients.
+        # Megatron-LM's own default for interleaving, at any number of stages.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return settings
+
+
+def _recompute_settings(megatron: Any) -> dict[str, Any]:
+    if not megatron.activation_checkpointing:
+        return {}
+    if megatron.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
 
 
 class RMSNorm(torch.nn.Module):
@@ -215,8 +241,8 @@ def choose_layer_spec(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def block_spec(kind: str, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The modules of this stage's layers: Megatron's local layout with our norm and attention.
+def block_spec(kind: str, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """The modules of a chunk's layers: Megatron's local layout with our norm and attention.
 
     "te" puts Transformer Engine's linears and norm in the same places, so the names of the
     parameters are the same for both.
@@ -242,7 +268,6 @@ def block_spec(kind: str, config: TransformerConfig) -> TransformerBlockSubmodul
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
-    num_layers = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 
 
@@ -279,35 +304,42 @@ class HiddenStateModel(GPTModel):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyModel:
-    """The stage of the network that this rank holds, and what is needed to run it."""
+    """The part of the network that this rank holds, and what is needed to run it."""
 
-    core: HiddenStateModel
+    chunks: tuple[HiddenStateModel, ...]  # several with an interleaved pipeline; else one
     config: TransformerConfig
     shape: ModelShape
     inverse_frequencies: Tensor  # (E/2,) float32, on the model's device
     rope_factor: float
+    stage_layers: tuple[int, ...]  # layers of every stage of the pipeline, as a token passes them
+
+    @property
+    def head(self) -> HiddenStateModel:
+        """The chunk with the output embedding, on the last pipeline rank."""
+        return self.chunks[-1]
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of all chunks; names of the second chunk begin with `chunk1.`, and so on."""
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                yield f"chunk{index}.{name}" if index else name, parameter
 
     def attention_params(self, batch: Any) -> PackedAttentionParams:
         """Rope tables and segments of one `PackedBatch` of the host, on the model's device."""
-        device = self.inverse_frequencies.device
-        position_ids = batch.position_ids.to(device, torch.float32, non_blocking=True)
-        angles = position_ids[:, None] * self.inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)  # (T, E)
-        has_kernel = device.type == "cuda" and self.config.params_dtype.itemsize == 2
-        assert batch.kv_index is None, "shared prompts are not built"
-        return PackedAttentionParams(
-            cos=angles.cos() * self.rope_factor,
-            sin=angles.sin() * self.rope_factor,
-            cu_seqlens_q=batch.cu_seqlens_q.to(device, non_blocking=True),
-            cu_seqlens_kv=batch.cu_seqlens_kv.to(device, non_blocking=True),
-            max_seqlen_q=batch.max_seqlen_q,
-            max_seqlen_kv=batch.max_seqlen_kv,
-            groups=None if has_kernel else segment_groups(batch.cu_seqlens_q, device),
+        on_cuda = self.inverse_frequencies.device.type == "cuda"
+        tp_size = self.config.tensor_model_parallel_size
+        return packed_attention_params(
+            batch,
+            inverse_frequencies=self.inverse_frequencies,
+            rope_factor=self.rope_factor,
+            has_kernel=on_cuda and self.config.params_dtype.itemsize == 2,
+            num_heads=self.shape.num_heads // tp_size,
+            num_kv_heads=self.shape.num_kv_heads // tp_size,
         )
 
 
 def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
-    """Builds this rank's stage with uninitialised weights; `mcore/weights.py` fills them.
+    """Builds this rank's chunks with uninitialised weights; `mcore/weights.py` fills them.
 
     `hf_config` is transformers' config object, `policy` the config section.
     """
@@ -316,34 +348,40 @@ def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
         shape, policy.megatron_cfg, dtype=DTYPES[policy.precision], topology=topology
     )
     kind = choose_layer_spec(policy.layer_spec, topology.device)
-    core = HiddenStateModel(
-        config=config,
-        transformer_layer_spec=block_spec(kind, config),
-        vocab_size=shape.padded_vocab_size(topology.tp_size),
-        max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="none",
-    )
-    _mark_tensor_parallel(core)
-    core.to(topology.device)
+    layers = stage_layers(policy.megatron_cfg, shape.num_layers)
+    chunks = []
+    for vp_stage in range(topology.vpp_size):
+        stage = vp_stage * topology.pp_size + topology.pp_rank
+        chunk = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=block_spec(kind, config, layers[stage]),
+            vocab_size=shape.padded_vocab_size(topology.tp_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=stage == 0,
+            post_process=stage == len(layers) - 1,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="none",
+            vp_stage=vp_stage if topology.vpp_size > 1 else None,
+        )
+        _mark_tensor_parallel(chunk)
+        chunks.append(chunk.to(topology.device))
     inverse_frequencies, rope_factor = rope_frequencies(hf_config)
     return PolicyModel(
-        core=core,
+        chunks=tuple(chunks),
         config=config,
         shape=shape,
         inverse_frequencies=inverse_frequencies.to(topology.device),
         rope_factor=rope_factor,
+        stage_layers=tuple(layers),
     )
 
 
-def _mark_tensor_parallel(core: HiddenStateModel) -> None:
+def _mark_tensor_parallel(chunk: HiddenStateModel) -> None:
     """Without it the gradient norm counts the shards of rank 0 only.
 
     Megatron sets these attributes in its init functions, which perform_initialization=False skips.
     """
-    for name, parameter in core.named_parameters():
+    for name, parameter in chunk.named_parameters():
         if hasattr(parameter, "tensor_model_parallel"):
             continue
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

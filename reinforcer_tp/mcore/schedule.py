@@ -8,9 +8,11 @@ summed over data-parallel ranks. So unequal and empty micro-batches are exact.
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from kernels import vocab_parallel_linear_logprob
 from reinforcer_tp.config_check import ConfigError
-from reinforcer_tp.data.loader import PackedBatch, ResponseRows, response_rows
+from reinforcer_tp.data.packed_batch import PackedBatch, ResponseRows, response_rows
+from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.topology import Topology
 
@@ -28,12 +31,16 @@ from reinforcer_tp.mcore.topology import Topology
 LossFunction = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
+# (response rows of this rank's part of the sequence, how they are taken from the hidden states)
+OwnRows = tuple[ResponseRows, Gather]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """The model as the schedule runs it."""
 
     model: PolicyModel
-    module: torch.nn.Module  # model.core, or its DDP wrap while training
+    modules: tuple[torch.nn.Module, ...]  # model.chunks, or their DDP wraps while training
     topology: Topology
     kernel_impl: str
     kernel_cache_bytes: int = 0  # of the head's forward, kept for backward; 0 = recompute
@@ -43,7 +50,7 @@ def open_stage(model: PolicyModel, policy: Any, topology: Topology) -> Stage:
     """The stage without DDP; `policy` is the config section."""
     return Stage(
         model=model,
-        module=model.core,
+        modules=model.chunks,
         topology=topology,
         kernel_impl=policy.kernel_impl,
         kernel_cache_bytes=policy.kernel_cache_mib * 2**20,
@@ -71,19 +78,20 @@ def response_logps(
     stage: Stage,
     hidden: Tensor,  # (T[/tp], 1, D) from the last stage
     batch: PackedBatch,
-    rows: ResponseRows,  # of this rank's part of the sequence
+    own_rows: OwnRows,
 ) -> Tensor:
     """Log-probs (N,) float32 of the response tokens, on every tensor-parallel rank.
 
     Under sequence parallelism the operator gathers the response rows and scatters their gradients.
     """
     model, topology = stage.model, stage.topology
-    weight = model.core.output_weight()
+    rows, gather = own_rows
+    weight = model.head.output_weight()
     labels = batch.labels
     if rows.order is not None:
         labels = labels.index_select(0, rows.order)
     logps = vocab_parallel_linear_logprob(
-        hidden.squeeze(1).index_select(0, rows.index),
+        gather_rows(hidden.squeeze(1), gather),
         weight,
         labels,
         vocab_start=topology.tp_rank * weight.shape[0],
@@ -109,8 +117,8 @@ def forward_backward(
     metric sums of each micro-batch on the last stage, [] elsewhere.
     """
 
-    def report(batch: PackedBatch, rows: ResponseRows, hidden: Tensor):
-        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch, rows), batch)
+    def report(batch: PackedBatch, own_rows: OwnRows, hidden: Tensor):
+        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch, own_rows), batch)
         num_pairs = torch.full((), batch.num_pairs, dtype=torch.int, device=hidden.device)
         return loss_sum, num_pairs, metrics
 
@@ -121,8 +129,8 @@ def forward_backward(
 def forward_logps(stage: Stage, batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Log-probs (N,) float32 of each micro-batch on the last stage, [] elsewhere. Saves nothing."""
 
-    def report(batch: PackedBatch, rows: ResponseRows, hidden: Tensor, non_loss_data: bool):
-        return response_logps(stage, hidden, batch, rows)
+    def report(batch: PackedBatch, own_rows: OwnRows, hidden: Tensor, non_loss_data: bool):
+        return response_logps(stage, hidden, batch, own_rows)
 
     return _run(stage, batches, report, forward_only=True, collect_non_loss_data=True)
 
@@ -136,51 +144,77 @@ def _run(
     collect_non_loss_data: bool,
 ) -> list:
     row_length = batches[0].tokens.shape[0]
-    is_pipelined = stage.topology.pp_size > 1
+    topology, multiple = stage.topology, stage.topology.micro_batch_multiple
     # Without variable_seq_lengths stages exchange tensors of one shape; a peer would hang.
-    assert not is_pipelined or all(b.tokens.shape[0] == row_length for b in batches)
+    assert topology.pp_size == 1 or all(b.tokens.shape[0] == row_length for b in batches)
+    assert len(batches) % multiple == 0, (
+        f"{len(batches)} micro-batches, but an interleaved pipeline of {topology.pp_size} ranks "
+        f"takes a multiple of {multiple}: add empty ones"
+    )
+
+    def prepared():
+        for host_batch in batches:
+            attention_params = stage.model.attention_params(host_batch)
+            own_rows = None  # only the last stage looks at responses
+            if topology.is_last_stage:
+                own_rows = _own_rows(stage, host_batch)
+            yield host_batch.to(topology.device), attention_params, own_rows
 
     def forward_step(iterator, module):
-        host_batch = next(iterator)
-        attention_params = stage.model.attention_params(host_batch)
-        rows = None  # only the last stage looks at responses
-        if stage.topology.is_last_stage:
-            rows = _own_rows(stage, host_batch).to(stage.topology.device)
-        batch = host_batch.to(stage.topology.device)
+        batch, attention_params, own_rows = next(iterator)
         hidden = module(
             input_ids=batch.tokens[None],
             position_ids=None,
             attention_mask=None,
             packed_seq_params=attention_params,
         )
-        return hidden, partial(report, batch, rows)
+        return hidden, partial(report, batch, own_rows)
 
-    was_training = stage.module.training
-    stage.module.train(not forward_only)
-    with torch.no_grad() if forward_only else torch.enable_grad():
-        reports = get_forward_backward_func()(
+    with _mode(stage, forward_only=forward_only):
+        return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=stage.module,
+            # A micro-batch is prepared once for all chunks and dropped after the last one.
+            data_iterator=list(tee(prepared(), len(stage.modules))),
+            model=list(stage.modules),
             num_microbatches=len(batches),
             seq_length=row_length,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )
-    stage.module.train(was_training)
-    return reports
 
 
-def _own_rows(stage: Stage, host_batch: PackedBatch) -> ResponseRows:
+@contextmanager
+def _mode(stage: Stage, *, forward_only: bool) -> Iterator[None]:
+    """Training or evaluation: of the modules, of autograd, and of the gradients' reduction."""
+    config, was_training = stage.model.config, stage.modules[0].training
+    no_sync = config.no_sync_func
+    if forward_only:
+        # The pipeline schedules enter it and leave it in backward alone.
+        config.no_sync_func = None
+    for module in stage.modules:
+        module.train(not forward_only)
+    try:
+        with torch.no_grad() if forward_only else torch.enable_grad():
+            yield
+    finally:
+        config.no_sync_func = no_sync
+        for module in stage.modules:
+            module.train(was_training)
+
+
+def _own_rows(stage: Stage, host_batch: PackedBatch) -> OwnRows:
     """The response rows among the hidden states that this rank has after the last layer."""
+    topology = stage.topology
     is_split = stage.model.config.sequence_parallel
-    return response_rows(
+    rows = response_rows(
         host_batch.response_index,
         host_batch.tokens.shape[0],
-        part=stage.topology.tp_rank if is_split else 0,
-        num_parts=stage.topology.tp_size if is_split else 1,
+        part=topology.tp_rank if is_split else 0,
+        num_parts=topology.tp_size if is_split else 1,
     )
+    # The row that predicts both sides' first tokens is taken twice.
+    return rows.to(topology.device), gather_plan(rows.index).to(topology.device)
 
 
 def reduce_metrics(
