@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from reinforcer_tp import config_check, config_load
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
 from reinforcer_tp.model_shape import find_model_shape, validate_model
+from reinforcer_tp.pipeline_layout import check_pipeline, virtual_stages
 
 __all__ = [
     "Config",
@@ -117,10 +118,14 @@ class MegatronConfig:
     enabled: bool = True  # Megatron-core is the only backend
     tensor_model_parallel_size: int = 1  # processes that share each matrix
     pipeline_model_parallel_size: int = 1  # stages that share the layers
-    virtual_pipeline_model_parallel_size: int | None = None  # not built yet
+    virtual_pipeline_model_parallel_size: int | None = (
+        None  # chunks of layers on each pipeline process (interleaved); null = 1, or the layout's
+    )
     num_layers_in_first_pipeline_stage: int | None = None  # null = an even share
     num_layers_in_last_pipeline_stage: int | None = None  # null = an even share
-    pipeline_model_parallel_layout: str | None = None  # not built yet
+    pipeline_model_parallel_layout: str | None = (
+        None  # every stage in turn, E embedding, t layer, L loss: Et|tt|t|tL; null = an even share
+    )
     context_parallel_size: int = 1  # more is not built yet
     expert_model_parallel_size: int = 1  # more is not built yet
     sequence_parallel: bool = False  # split norms' activations over tensor parallelism
@@ -139,11 +144,9 @@ class MegatronConfig:
         in_range(self, prefix, "tensor_model_parallel_size pipeline_model_parallel_size", 1)
         in_range(self, prefix, "context_parallel_size expert_model_parallel_size", 1)
         stages = "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage"
-        in_range(self, prefix, stages, 1)
+        in_range(self, prefix, f"virtual_pipeline_model_parallel_size {stages}", 1)
         refused = {
             "enabled": ("a backend other than Megatron-core", True),
-            "virtual_pipeline_model_parallel_size": ("the interleaved pipeline", None),
-            "pipeline_model_parallel_layout": ("a pipeline layout", None),
             "context_parallel_size": ("context parallelism", 1),
             "expert_model_parallel_size": ("expert parallelism", 1),
         }
@@ -151,6 +154,11 @@ class MegatronConfig:
             not_built(f"{prefix}.{name}", getattr(self, name), feature, allowed)
         not_built(f"{prefix}.peft.enabled", self.peft.enabled, "LoRA", False)
         not_built(f"{prefix}.fp8_cfg.enabled", self.fp8_cfg.enabled, "FP8", False)
+
+    @property
+    def virtual_stages(self) -> int:
+        """Chunks of layers on each pipeline process, from the two keys that say it."""
+        return virtual_stages(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +331,7 @@ class Config:
         (LOCAL_WORLD_SIZE), None = unknown. Raises ConfigError.
         """
         config_check.check_layout(self)
+        check_pipeline(self.policy.megatron_cfg)
         config_check.check_world(self, world_size, local_world_size)
         config_check.check_data(self.data)
 
@@ -363,10 +372,12 @@ NOT_IN_FINGERPRINT = (
     "policy.megatron_cfg.num_layers_in_first_pipeline_stage",
     "policy.megatron_cfg.num_layers_in_last_pipeline_stage",
     "policy.megatron_cfg.optimizer.use_distributed_optimizer",
+    "policy.megatron_cfg.pipeline_model_parallel_layout",
     "policy.megatron_cfg.pipeline_model_parallel_size",
     "policy.megatron_cfg.recompute_granularity",
     "policy.megatron_cfg.sequence_parallel",
     "policy.megatron_cfg.tensor_model_parallel_size",
+    "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
     "reference.mode",
 )
 

@@ -148,12 +148,6 @@ def check_layout(config) -> None:
         f"{prefix}.sequence_parallel=true needs {prefix}.tensor_model_parallel_size > 1, got 1; "
         f"set {prefix}.sequence_parallel=false or use tensor parallelism",
     )
-    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
-        require(
-            getattr(megatron, name) is None or megatron.pipeline_model_parallel_size > 1,
-            f"{prefix}.{name}={getattr(megatron, name)} needs "
-            f"{prefix}.pipeline_model_parallel_size > 1, got 1; set {prefix}.{name}=null",
-        )
     require(
         scheduler.lr_decay_style == "constant" or optimizer.min_lr <= optimizer.lr,
         f"{prefix}.optimizer.min_lr={optimizer.min_lr} is above {prefix}.optimizer.lr="

@@ -10,8 +10,8 @@ _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 def pair_cost(shape: ModelShape) -> PairCost:
     """FLOPs of forward and backward (3x forward); recompute is not counted.
 
-    Per token and layer 2 FLOPs a weight; attention 2 * 2 * E * H a visible key; the head on
-    response tokens only.
+    Forward takes 2 FLOPs a weight for each token, in the head for response tokens only, and
+    2 * 2 * head_dim * heads a layer for each key that a query sees.
     """
     d = shape.hidden_size
     queries = shape.num_heads * shape.head_dim

@@ -23,6 +23,7 @@ from reinforcer_tp.mcore.model import choose_layer_spec
 from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count, layout_of
 from reinforcer_tp.metrics import check_loggers
+from reinforcer_tp.pipeline_layout import stage_layers
 from reinforcer_tp.run_directory import finished_steps
 
 
@@ -81,7 +82,9 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
         for model in filter(None, (files, reference_files)):
             check_token_ids(pairs, model.shape.vocab_size)
     total_steps = num_steps(config, len(data.train))
-    checkpoint, start_step = _resume_point(config, data.fingerprint, world_size)
+    checkpoint, start_step = _resume_point(
+        config, data.fingerprint, world_size, files.shape.num_layers
+    )
     finished_step = finished_steps(config) if holds_run else None
     _check_steps(config, total_steps, start_step, finished_step)
     return Inputs(
@@ -97,7 +100,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
 
 
 def _resume_point(
-    config: Config, data_fingerprint: str, world_size: int
+    config: Config, data_fingerprint: str, world_size: int, num_layers: int
 ) -> tuple[Path | None, int]:
     """(checkpoint to go on from, optimizer steps done): the newest one of this run, if any."""
     found = list_checkpoints(Path(config.checkpoint_dir))
@@ -119,7 +122,9 @@ def _resume_point(
             world_size,
             megatron.tensor_model_parallel_size,
             megatron.pipeline_model_parallel_size,
-        ),
+            megatron.virtual_stages,
+        )
+        | {"layers_of_stages": stage_layers(megatron, num_layers)},
     )
     return folder, step
 

@@ -111,6 +111,7 @@ def micro_batching(
         equal_rows=topology.pp_size > 1,
         share=config.data.share,
         cost=pair_cost(shape),
+        count_multiple=topology.micro_batch_multiple,
     )
 
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from reinforcer_tp.config_check import ConfigError, require
+from reinforcer_tp.pipeline_layout import stage_layers
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPE_KEYS = (
@@ -155,43 +156,6 @@ def _check_tensor_split(tp: int, shape: dict) -> None:
 def _either(numbers: list[int]) -> str:
     words = [str(number) for number in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def stage_layers(megatron, num_layers: int) -> list[int]:
-    """Layers of each pipeline stage, first to last (Megatron-core's rule).
-
-    The first and last stage take their own keys where set; the rest is split evenly over the
-    other stages. Raises ConfigError where that leaves a remainder or an empty stage.
-    """
-    pp = megatron.pipeline_model_parallel_size
-    first = megatron.num_layers_in_first_pipeline_stage
-    last = megatron.num_layers_in_last_pipeline_stage
-    ends = [size for size in (first, last) if size is not None]
-    rest, stages = num_layers - sum(ends), pp - len(ends)
-    given = f"pipeline_model_parallel_size={pp}"
-    given += "" if first is None else f", num_layers_in_first_pipeline_stage={first}"
-    given += "" if last is None else f", num_layers_in_last_pipeline_stage={last}"
-    fits = rest == 0 if stages == 0 else rest >= stages and rest % stages == 0
-    require(
-        fits,
-        f"policy.megatron_cfg.{given}: the model's {num_layers} layers leave {rest} for "
-        f"{stages} other stages; {_stage_fix(num_layers, pp)}",
-    )
-    per_stage = [rest // stages] * stages if stages else []
-    return [*([] if first is None else [first]), *per_stage, *([] if last is None else [last])]
-
-
-def _stage_fix(num_layers: int, pp: int) -> str:
-    if pp > num_layers:
-        return f"use at most {num_layers} stages"
-    if num_layers % pp == 0:
-        return f"set both to null for {num_layers // pp} layers on every stage"
-    even = num_layers // pp
-    first = num_layers - even * (pp - 1)
-    return (
-        f"use num_layers_in_first_pipeline_stage={first} alone ({first}, then {even} on each of "
-        f"{pp - 1}), or a pipeline size that divides {num_layers}"
-    )
 
 
 def _check_positions(length: int, shape: dict) -> None:

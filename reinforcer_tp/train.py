@@ -159,6 +159,7 @@ def run(config: Config, inputs: Inputs) -> None:
     topology = init_topology(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
+        megatron.virtual_stages,
         seed=config.dpo.seed,
     )
     check_same_everywhere(
@@ -188,7 +189,7 @@ def run(config: Config, inputs: Inputs) -> None:
             validation_set = PairSet(pairs=data.validation, reference=references["validation"])
         loop_state = Run(
             config=config,
-            stage=dataclasses.replace(stage, module=training.ddp),
+            stage=dataclasses.replace(stage, modules=training.ddp),
             training=training,
             train_set=PairSet(pairs=data.train, reference=references["training"]),
             validation_set=validation_set,

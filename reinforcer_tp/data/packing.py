@@ -72,13 +72,13 @@ def pack(
     # A rank may take as many pairs as fill the fewest micro-batches that the pair limit allows.
     fewest = _round_up(-(-len(lengths) // (num_ranks * max_pairs)), count_multiple)
     shares = _deal(costs, range(len(lengths)), num_ranks, fewest * max_pairs)
-    shares = [sorted(share, key=lambda i: (-lengths[i], i)) for share in shares]
+    shares = [sorted(share, key=lengths.__getitem__, reverse=True) for share in shares]
     packed = [_first_fit(lengths, share, max_tokens, max_pairs) for share in shares]
     count = _round_up(max(1, *map(len, packed)), count_multiple)
     plan = []
     for share, bins in zip(shares, packed, strict=True):
         spread = _deal(lengths, share, count, max_pairs)
-        if _size(lengths, spread) > max_tokens:
+        if _longest_row(lengths, spread) > max_tokens:
             spread = bins + [[] for _ in range(count - len(bins))]
         plan.append(_even_out(lengths, share, spread, max_pairs))
     return plan
@@ -90,7 +90,7 @@ def _deal(
     """Bins of about equal weight: the heaviest pair first, each to the lightest that has room."""
     bins: list[Bin] = [[] for _ in range(num_bins)]
     heap: list[tuple[float, int]] = [(0, slot) for slot in range(num_bins)]
-    for position in sorted(positions, key=lambda i: -weights[i]):
+    for position in sorted(positions, key=weights.__getitem__, reverse=True):
         weight, slot = heapq.heappop(heap)
         bins[slot].append(position)
         if len(bins[slot]) < max_pairs:
@@ -99,28 +99,34 @@ def _deal(
 
 
 def _even_out(lengths: Sequence[int], share: Bin, bins: list[Bin], max_pairs: int) -> list[Bin]:
-    """As many micro-batches as `bins`, the longest row within about 2 % of as short as first-fit
+    """As many micro-batches as `bins`, the longest row within about 1 % of as short as first-fit
     decreasing can make it (MULTIFIT: bisection on the room), if not `bins` themselves.
 
     `share` comes longest first.
     """
-    least = -(-sum(lengths[i] for i in share) // len(bins))
+    least = -(-_tokens(lengths, share) // len(bins))
     if share:
         least = max(least, lengths[share[0]])
-    while (most := _size(lengths, bins)) - least > most // 50:
+    for _ in range(3):
+        most = _longest_row(lengths, bins)
+        if most - least <= most // 100:
+            break
         room = (least + most) // 2
         tighter = _first_fit(lengths, share, room, max_pairs)
         if len(tighter) <= len(bins):
             bins = tighter + [[] for _ in range(len(bins) - len(tighter))]
         else:
             least = room + 1
-    bins = sorted(bins, key=lambda bin_: -sum(lengths[i] for i in bin_))
+    bins = sorted(bins, key=lambda bin_: _tokens(lengths, bin_), reverse=True)
     return [sorted(bin_) for bin_ in bins]
 
 
-def _size(lengths: Sequence[int], bins: list[Bin]) -> int:
-    """Tokens of the longest."""
-    return max(sum(lengths[i] for i in bin_) for bin_ in bins)
+def _longest_row(lengths: Sequence[int], bins: list[Bin]) -> int:
+    return max(_tokens(lengths, bin_) for bin_ in bins)
+
+
+def _tokens(lengths: Sequence[int], bin_: Bin) -> int:
+    return sum(map(lengths.__getitem__, bin_))
 
 
 def _first_fit(lengths: Sequence[int], share: Bin, max_tokens: int, max_pairs: int) -> list[Bin]:
@@ -139,8 +145,11 @@ def _first_fit(lengths: Sequence[int], share: Bin, max_tokens: int, max_pairs: i
             bins.append([])
         bins[slot].append(position)
         room[node] = room[node] - length if len(bins[slot]) < max_pairs else -1
-        while node > 1 and room[node // 2] != (most := max(room[node], room[node ^ 1])):
-            node //= 2
+        while node > 1:
+            most = room[node] if room[node] > room[node ^ 1] else room[node ^ 1]
+            node >>= 1
+            if room[node] == most:
+                break
             room[node] = most
     return bins
 

@@ -118,6 +118,29 @@ def _notes(name: str, split: dict[str, Any]) -> Iterator[str]:
             f"with a response behind it; the response starts where they part. In row "
             f"{example['row']} the prompt's end {example['prompt_end']!r} is not kept"
         )
+    savings = split.get("token_savings")
+    if savings is not None:
+        yield from _savings(name, savings)
+
+
+def _savings(name: str, savings: dict[str, Any]) -> Iterator[str]:
+    """Tokens of a mean step, and what they would be without packing and sharing."""
+    rows = {
+        "naive_padded": "both sides in full, padded to the longest of 8 pairs",
+        "naive": "both sides in full, no padding",
+        "packed": "both sides in full, packed",
+    }
+    if savings["share"] == "nothing":
+        del rows["packed"]  # it is this run
+    shared = {"nothing": "nothing", "prompt": "prompts", "response": "prompts and common starts"}
+    this_run = (
+        f"this run: packed, {shared[savings['share']]} shared; both sides in full are "
+        f"{savings['ratio']:.2f} times as many; {savings['padding_fraction']:.1%} is padding"
+    )
+    steps = savings["steps"]
+    yield f"{name}: tokens a step, mean of the first {steps:,} steps"
+    for key, text in (rows | {"shared": this_run}).items():
+        yield f"{round(savings[key] / steps):>12,}  {text}"
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:

@@ -16,11 +16,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
-from reinforcer_tp.mcore.grouped_attention import (
-    GroupedSegments,
-    group_segments,
-    grouped_attention,
-)
+from reinforcer_tp.mcore.grouped_attention import grouped_attention
+from reinforcer_tp.mcore.segments import GroupedSegments, group_segments
 
 
 @dataclass(kw_only=True)

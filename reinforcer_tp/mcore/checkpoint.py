@@ -67,7 +67,7 @@ def save_checkpoint(
         building.mkdir(parents=True)
     dist.barrier()
     if topology.dp_rank == 0:
-        parameters = {n: _owned(p) for n, p in model.core.named_parameters()}
+        parameters = {n: _owned(p) for n, p in model.named_parameters()}
         save_file(parameters, building / _model_file(topology))
     if topology.dp_rank == 0 or _is_sharded(training):
         save_file(_optimizer_tensors(training), building / _optimizer_file(training, topology))
@@ -76,7 +76,7 @@ def save_checkpoint(
         state = {
             "format": _FORMAT,
             "step": step,
-            "layout": topology.layout(),
+            "layout": topology.layout() | {"layers_of_stages": list(model.stage_layers)},
             "sharded_optimizer": _is_sharded(training),
             "fingerprint": fingerprint,
             "data_fingerprint": data_fingerprint,
@@ -98,7 +98,7 @@ def check_resumable(
     *,
     fingerprint: str,
     data_fingerprint: str,
-    layout: dict[str, int],
+    layout: dict[str, Any],
 ) -> None:
     """Raises ValueError when the checkpoint is of another configuration, data or layout."""
     if state["fingerprint"] != fingerprint:
@@ -128,7 +128,7 @@ def load_checkpoint(
     """Restores weights, optimizer, scheduler and loss scale; returns the state. Collective."""
     state = read_state(folder)
     saved = load_file(folder / _model_file(topology))
-    for name, parameter in model.core.named_parameters():
+    for name, parameter in model.named_parameters():
         parameter.copy_(saved[name])
     _restore_optimizer(training, load_file(folder / _optimizer_file(training, topology)), state)
     training.scheduler.num_steps = 0

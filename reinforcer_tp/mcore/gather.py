@@ -1,7 +1,7 @@
 """Rows of a tensor by index, with a backward that gives the same bits in every run.
 
 Autograd's own backward of indexing adds with atomics on a GPU. Here the host splits the index into
-levels, the first occurrence of each row, the second and so on: each level writes a row at most once.
+levels, the first occurrence of each row, the second and so on; a level writes a row at most once.
 """
 
 from __future__ import annotations

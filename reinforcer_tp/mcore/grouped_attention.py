@@ -1,126 +1,28 @@
-"""Attention of packed segments as padded batches of segments of similar length.
+"""Attention over padded batches of segments: explicit products for short ones, SDPA for long ones.
 
-Legend: T packed tokens (one row), H query heads and G key-value heads of this rank, E head dim,
-S segments of a group, L and M its padded numbers of queries and keys, Q and K all padded slots.
+Legend: T packed tokens (one row), H query heads and G key-value heads of this rank, R = H / G, E
+head dim; S, L, M as in segments.py. `dtype` is the tensors', `wide` at least float32.
 
-Query j of a segment with n queries and m keys sees its keys 0 .. j + m - n: causal, aligned at the
-end. Padding stands after the real queries and keys and repeats the segment's last one, so it holds
-ordinary values; no real query sees it, and its gradients are dropped.
+Short segments, with the R query heads of a key-value head folded into the rows:
+    scores = scale Q K^T + bias, P = softmax(scores), O = P V
+    dV = P^T dO, dP = dO V^T, dS = scale P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q
+Scores, dP and P are `wide`, because a product of half tensors on a CPU comes out rounded: the
+operands of those two are converted. The other products take `dtype` operands, as SDPA's do.
+Saved: Q, K and V. Backward computes P again, for a fifth of the whole time: P itself would be
+several times their size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
-
-# Segments join a group while at least this share of its (query, key) pairs is not padding.
-_MIN_FILL = 0.75
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentGroup:
-    """Segments of similar length as one padded batch."""
-
-    num_segments: int
-    num_queries: int  # L
-    num_keys: int  # M
-    hidden: Tensor | None  # (S, 1, L, M) bool, True = not seen; None = causal, as all have n = m
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedSegments:
-    """One micro-batch's segments: the padded layout, group after group, each (S, heads, L, E)."""
-
-    queries: Gather  # Q slots from the T * H rows of the queries
-    keys: Gather  # K slots from the T * G rows of the keys
-    outputs: Gather  # T * H rows from the Q slots
-    groups: tuple[SegmentGroup, ...]
-
-
-def group_segments(
-    cu_seqlens_q: Tensor,  # (S + 1,) integers on the host
-    cu_seqlens_kv: Tensor,  # (S + 1,)
-    kv_index: Tensor | None,  # (K,) int64, or None = the tokens in their order
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    device: torch.device | str = "cpu",
-) -> GroupedSegments:
-    """Groups the segments on the host and moves the plan to `device`."""
-    num_q, num_kv = cu_seqlens_q.diff().long(), cu_seqlens_kv.diff().long()
-    query_parts, key_parts, groups = [], [], []
-    for segments in _batches(num_q.tolist(), num_kv.tolist()):
-        index = torch.tensor(segments)
-        n, m = num_q[index], num_kv[index]
-        query_parts.append(_slots(cu_seqlens_q[index].long(), n, num_heads))
-        key_parts.append(_slots(cu_seqlens_kv[index].long(), m, num_kv_heads, kv_index))
-        groups.append(_group(n, m, device))
-    queries = _join(query_parts)
-    [(rows, slots)] = queries.copies  # a query stands in one segment
-    outputs = Gather(index=slots[rows.argsort()], copies=((slots, rows),))
-    return GroupedSegments(
-        queries=queries.to(device),
-        keys=_join(key_parts).to(device),
-        outputs=outputs.to(device),
-        groups=tuple(groups),
-    )
-
-
-def _batches(num_q: list[int], num_kv: list[int]) -> list[list[int]]:
-    """Segments of each group: those alike in shape, longest first."""
-    # Square ones apart, for they need no mask.
-    order = sorted(range(len(num_q)), key=lambda s: (num_kv[s] > num_q[s], -num_kv[s], -num_q[s]))
-    batches: list[list[int]] = []
-    most_q = most_kv = real = 0
-    is_square = True
-    for s in order:
-        if num_q[s] == 0:
-            continue
-        pairs = num_q[s] * num_kv[s]
-        padded = (len(batches[-1]) + 1 if batches else 1) * max(most_q, num_q[s]) * most_kv
-        same_kind = is_square == (num_kv[s] == num_q[s])
-        if batches and same_kind and real + pairs >= _MIN_FILL * padded:
-            batches[-1].append(s)
-            most_q, real = max(most_q, num_q[s]), real + pairs
-        else:
-            batches.append([s])
-            most_q, most_kv, real = num_q[s], num_kv[s], pairs
-            is_square = num_kv[s] == num_q[s]
-    return batches
-
-
-def _slots(
-    start: Tensor, length: Tensor, heads: int, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(row, is_real) of each padded slot (S, heads, longest), flattened."""
-    offset = torch.arange(int(length.max()))
-    is_real = offset < length[:, None]
-    token = start[:, None] + torch.minimum(offset, length[:, None] - 1)
-    if index is not None:
-        token = index[token]
-    row = token[:, None] * heads + torch.arange(heads)[:, None]
-    return row.flatten(), is_real[:, None].expand_as(row).flatten()
-
-
-def _join(parts: list[tuple[Tensor, Tensor]]) -> Gather:
-    rows, is_real = zip(*parts, strict=True)
-    return gather_plan(torch.cat(rows), torch.cat(is_real))
-
-
-def _group(num_q: Tensor, num_kv: Tensor, device: torch.device | str) -> SegmentGroup:
-    longest_q, longest_kv = int(num_q.max()), int(num_kv.max())
-    hidden = None
-    if not torch.equal(num_q, num_kv):
-        last_seen = torch.arange(longest_q) + (num_kv - num_q)[:, None]  # (S, L)
-        hidden = (torch.arange(longest_kv) > last_seen[..., None])[:, None].to(device)
-    return SegmentGroup(
-        num_segments=len(num_q), num_queries=longest_q, num_keys=longest_kv, hidden=hidden
-    )
+from reinforcer_tp.mcore.gather import gather_rows
+from reinforcer_tp.mcore.segments import GroupedSegments, SegmentGroup
 
 
 def grouped_attention(
@@ -130,28 +32,130 @@ def grouped_attention(
     segments: GroupedSegments,
     scale: float | None = None,  # None = E ** -0.5
 ) -> Tensor:  # (T, H, E)
-    """Attention of each query over the keys its segment shows it."""
+    """Softmax attention of each query over the keys that its segment shows it."""
     (_, heads, width), kv_heads = q.shape, k.shape[1]
+    scale = width**-0.5 if scale is None else scale
     padded_q = gather_rows(q.reshape(-1, width), segments.queries)
     padded_k, padded_v = (gather_rows(x.reshape(-1, width), segments.keys) for x in (k, v))
-    q_sizes = [g.num_segments * heads * g.num_queries for g in segments.groups]
-    kv_sizes = [g.num_segments * kv_heads * g.num_keys for g in segments.groups]
+    batches = [segments.short] if segments.short else []
+    batches += [(group,) for group in segments.long]
     outs = []
-    for group, group_q, group_k, group_v in zip(
-        segments.groups,
-        padded_q.split(q_sizes),
-        padded_k.split(kv_sizes),
-        padded_v.split(kv_sizes),
+    for groups, *qkv in zip(
+        batches,
+        _split(padded_q, [sum(_query_sizes(groups, heads)) for groups in batches]),
+        _split(padded_k, [sum(_key_sizes(groups, kv_heads)) for groups in batches]),
+        _split(padded_v, [sum(_key_sizes(groups, kv_heads)) for groups in batches]),
         strict=True,
     ):
-        out = F.scaled_dot_product_attention(
-            group_q.view(group.num_segments, heads, group.num_queries, width),
-            group_k.view(group.num_segments, kv_heads, group.num_keys, width),
-            group_v.view(group.num_segments, kv_heads, group.num_keys, width),
-            attn_mask=None if group.hidden is None else ~group.hidden,
-            is_causal=group.hidden is None,
-            scale=scale,
-            enable_gqa=True,
-        )
-        outs.append(out.reshape(-1, width))
-    return gather_rows(torch.cat(outs), segments.outputs).view_as(q)
+        if groups is segments.short:
+            outs.append(_ShortAttention.apply(*qkv, groups, heads, kv_heads, scale))
+        else:
+            outs.append(_long_attention(*qkv, groups[0], scale))
+    out = torch.cat(outs) if len(outs) > 1 else outs[0]
+    return gather_rows(out, segments.outputs).view_as(q)
+
+
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return x.split(sizes) if len(sizes) > 1 else (x,)  # a split's backward copies
+
+
+def _query_sizes(groups: tuple[SegmentGroup, ...], heads: int) -> list[int]:
+    return [g.num_segments * heads * g.num_queries for g in groups]
+
+
+def _key_sizes(groups: tuple[SegmentGroup, ...], kv_heads: int) -> list[int]:
+    return [g.num_segments * kv_heads * g.num_keys for g in groups]
+
+
+def _long_attention(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, scale: float) -> Tensor:
+    """SDPA, which never holds P. q (S H L, E), k and v (S G M, E) -> as q."""
+    queries = q.view(group.num_segments, -1, group.num_queries, q.shape[-1])
+    keys, values = (x.view(group.num_segments, -1, group.num_keys, x.shape[-1]) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=group.bias,
+        is_causal=group.bias is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.reshape(q.shape)
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, groups: tuple[SegmentGroup, ...], heads, kv_heads, scale: float):
+        # q: (Q, E), all slots of all groups; k, v: (K, E)
+        ctx.save_for_backward(q, k, v)
+        ctx.arguments = groups, heads, kv_heads, scale
+        out = torch.empty_like(q)
+        q_blocks, out_blocks = _query_blocks(groups, heads, kv_heads, q, out)
+        k_blocks, v_blocks = _key_blocks(groups, kv_heads, k, v)
+        for group, q, k, v, out_block in zip(
+            groups, q_blocks, k_blocks, v_blocks, out_blocks, strict=True
+        ):
+            p = _probabilities(q, k, group, scale).to(v.dtype)
+            torch.bmm(p, v, out=out_block)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        groups, heads, kv_heads, scale = ctx.arguments
+        grads = tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+        q, k, v = ctx.saved_tensors
+        query_blocks = _query_blocks(groups, heads, kv_heads, q, grad.contiguous(), grads[0])
+        key_blocks = _key_blocks(groups, kv_heads, k, v, *grads[1:])
+        for group, *blocks in zip(groups, *query_blocks, *key_blocks, strict=True):
+            _short_backward(group, scale, *blocks)
+        return *grads, None, None, None, None
+
+
+def _short_backward(
+    group: SegmentGroup,
+    scale: float,
+    q: Tensor,  # (S G, R L, E)
+    grad: Tensor,  # (S G, R L, E), of the output
+    dq: Tensor,  # written
+    k: Tensor,  # (S G, M, E)
+    v: Tensor,  # (S G, M, E)
+    dk: Tensor,  # written
+    dv: Tensor,  # written
+) -> None:
+    p = _probabilities(q, k, group, scale)
+    torch.bmm(p.to(v.dtype).mT, grad, out=dv)
+    dp = torch.bmm(grad.to(p.dtype), v.to(p.dtype).mT)
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+    torch.bmm(ds, k, out=dq)
+    torch.bmm(ds.mT, q, out=dk)
+
+
+def _probabilities(q: Tensor, k: Tensor, group: SegmentGroup, scale: float) -> Tensor:
+    """P (S G, R L, M) in `wide`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide), (k.to(wide) * scale).mT)
+    scores.view(group.num_segments, -1, group.num_queries, group.num_keys).add_(group.bias)
+    return scores.softmax(-1)
+
+
+def _query_blocks(groups, heads: int, kv_heads: int, *tensors: Tensor) -> list[list[Tensor]]:
+    """Of each (Q, E) tensor, each group's (S G, R L, E)."""
+    return [
+        [
+            part.view(group.num_segments * kv_heads, -1, part.shape[-1])
+            for group, part in zip(groups, x.split(_query_sizes(groups, heads)), strict=True)
+        ]
+        for x in tensors
+    ]
+
+
+def _key_blocks(groups, kv_heads: int, *tensors: Tensor) -> list[list[Tensor]]:
+    """Of each (K, E) tensor, each group's (S G, M, E)."""
+    return [
+        [
+            part.view(group.num_segments * kv_heads, -1, part.shape[-1])
+            for group, part in zip(groups, x.split(_key_sizes(groups, kv_heads)), strict=True)
+        ]
+        for x in tensors
+    ]

@@ -142,6 +142,8 @@ def transformer_config(
     shape: ModelShape, megatron: Any, *, dtype: torch.dtype, topology: Topology
 ) -> TransformerConfig:
     """Megatron's config. `megatron` is the config section `policy.megatron_cfg`."""
+    assert megatron.pipeline_model_parallel_size == topology.pp_size
+    assert megatron.virtual_stages == topology.vpp_size
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

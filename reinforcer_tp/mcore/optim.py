@@ -23,7 +23,7 @@ from reinforcer_tp.mcore.topology import Topology
 class Training:
     """What a training step needs besides the model."""
 
-    ddp: DistributedDataParallel
+    ddp: tuple[DistributedDataParallel, ...]  # one for each chunk of the model
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     max_grad_norm: float  # 0 = no clipping
@@ -40,24 +40,28 @@ def build_training(
     # At dp=1 the distributed optimizer shards nothing and costs time on a CPU.
     use_distributed = megatron.optimizer.use_distributed_optimizer and topology.dp_size > 1
     section = megatron.distributed_data_parallel_config
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=section.grad_reduce_in_fp32,
-            overlap_grad_reduce=section.overlap_grad_reduce,
-            overlap_param_gather=section.overlap_param_gather and use_distributed,
-            use_distributed_optimizer=use_distributed,
-        ),
-        model.core,
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=section.grad_reduce_in_fp32,
+        overlap_grad_reduce=section.overlap_grad_reduce,
+        overlap_param_gather=section.overlap_param_gather and use_distributed,
+        use_distributed_optimizer=use_distributed,
+    )
+    ddp = tuple(
+        # Later chunks' communication hides behind other chunks' work: one bucket, as Megatron-LM.
+        DistributedDataParallel(model.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model.chunks)
     )
     with cuda_type_names():
         optimizer = get_megatron_optimizer(
-            _optimizer_config(policy, model.config.params_dtype, use_distributed), [ddp]
+            _optimizer_config(policy, model.config.params_dtype, use_distributed), list(ddp)
         )
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = finalize_model_grads
     if section.overlap_grad_reduce:
-        model.config.no_sync_func = ddp.no_sync
+        # Each chunk's own hooks reduce and gather; grad_sync_func and param_sync_func would only
+        # move those collectives to moments that all pipeline ranks share.
+        no_sync = [chunk.no_sync for chunk in ddp]
+        model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return Training(
         ddp=ddp,
         optimizer=optimizer,
@@ -143,11 +147,13 @@ def gather_weights(training: Training) -> None:
     gathers the others: before anything else reads weights (validation, a checkpoint, the export)
     this must be called.
     """
-    if training.ddp.ddp_config.overlap_param_gather:
-        training.ddp.start_param_sync(force_sync=True)
+    for chunk in training.ddp:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def zero_grad(training: Training) -> None:
     """Both are needed: DDP's buffer holds main_grad, the optimizer its own float32 copies."""
-    training.ddp.zero_grad_buffer()
+    for chunk in training.ddp:
+        chunk.zero_grad_buffer()
     training.optimizer.zero_grad()

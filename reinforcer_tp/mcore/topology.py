@@ -29,6 +29,7 @@ class Topology:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vpp_size: int  # model chunks on each pipeline rank; 1 = not interleaved
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
@@ -47,22 +48,30 @@ class Topology:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The number of micro-batches in a step must be a multiple of it (interleaved pipeline)."""
+        return self.pp_size if self.vpp_size > 1 else 1
+
     def layout(self) -> dict[str, int]:
         """The sizes that environment.json and checkpoints record."""
-        return layout_of(self.world_size, self.tp_size, self.pp_size)
+        return layout_of(self.world_size, self.tp_size, self.pp_size, self.vpp_size)
 
 
-def layout_of(world_size: int, tp_size: int, pp_size: int) -> dict[str, int]:
+def layout_of(world_size: int, tp_size: int, pp_size: int, vpp_size: int) -> dict[str, int]:
     """Names and sizes of a layout."""
     return {
         "world_size": world_size,
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": pp_size,
+        "virtual_pipeline_model_parallel_size": vpp_size,
         "data_parallel_size": world_size // (tp_size * pp_size),
     }
 
 
-def init_topology(tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1800.0) -> Topology:
+def init_topology(
+    tp_size: int, pp_size: int, vpp_size: int = 1, *, seed: int, timeout_s: float = 1800.0
+) -> Topology:
     """Starts torch.distributed (gloo, plus nccl where there is CUDA) and Megatron's groups.
 
     RANK, WORLD_SIZE, LOCAL_RANK come from torchrun; without them this is a run of one process.
@@ -79,7 +88,9 @@ def init_topology(tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1
             "cpu:gloo,cuda:nccl" if has_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        virtual_pipeline_model_parallel_size=vpp_size if vpp_size > 1 else None,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
@@ -95,6 +106,7 @@ def init_topology(tp_size: int, pp_size: int, *, seed: int, timeout_s: float = 1
         tp_size=tp_group.size(),
         pp_rank=pp_group.rank(),
         pp_size=pp_group.size(),
+        vpp_size=vpp_size,
         dp_rank=dp_group.rank(),
         dp_size=dp_group.size(),
         tp_group=tp_group,

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
-from reinforcer_tp.mcore.model import HiddenStateModel, ModelShape, PolicyModel
+from reinforcer_tp.mcore.model import ModelShape, PolicyModel
 from reinforcer_tp.mcore.topology import Topology
 
 _MAX_FILE_BYTES = 4 << 30
@@ -62,24 +63,23 @@ _TOP_TABLE = {
 }
 
 
-def weight_table(core: HiddenStateModel, shape: ModelShape) -> dict[str, Entry]:
-    """Megatron parameter name -> `Entry`, for the parameters of this rank's stage."""
-    table = {}
-    for name, _ in core.named_parameters():
-        if name in _TOP_TABLE:
-            hf_name, kind = _TOP_TABLE[name]
-            if hf_name == "lm_head.weight" and shape.tied:  # the last stage's copy
-                hf_name = "model.embed_tokens.weight"
-            hf_names: tuple[str, ...] = (hf_name,)
-        else:
-            _, _, index, suffix = name.split(".", 3)
-            layer = core.decoder.layers[int(index)].layer_number - 1
-            suffixes, kind = _LAYER_TABLE[suffix]
-            hf_names = tuple(f"model.layers.{layer}.{s}" for s in suffixes)
-        table[name] = Entry(
-            hf_names=hf_names, hf_shapes=tuple(hf_shape(n, shape) for n in hf_names), kind=kind
-        )
-    return table
+def weight_table(model: PolicyModel) -> Iterator[tuple[Parameter, Entry]]:
+    """Every parameter of this rank's chunks and how it is made, in parameter order."""
+    shape = model.shape
+    for chunk in model.chunks:
+        for name, parameter in chunk.named_parameters():
+            if name in _TOP_TABLE:
+                hf_name, kind = _TOP_TABLE[name]
+                if hf_name == "lm_head.weight" and shape.tied:  # the last stage's copy
+                    hf_name = "model.embed_tokens.weight"
+                hf_names: tuple[str, ...] = (hf_name,)
+            else:
+                _, _, index, suffix = name.split(".", 3)
+                layer = chunk.decoder.layers[int(index)].layer_number - 1  # of the whole model
+                suffixes, kind = _LAYER_TABLE[suffix]
+                hf_names = tuple(f"model.layers.{layer}.{s}" for s in suffixes)
+            shapes = tuple(hf_shape(n, shape) for n in hf_names)
+            yield parameter, Entry(hf_names=hf_names, hf_shapes=shapes, kind=kind)
 
 
 def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
@@ -210,10 +210,9 @@ def load_weights(
     model: PolicyModel, reader: SafetensorsReader | RandomReader, topology: Topology
 ) -> None:
     """Fills this rank's parameters; `check_weights` has looked at the reader before."""
-    table = weight_table(model.core, model.shape)
-    for name, parameter in model.core.named_parameters():
-        shard = _shard(table[name], reader, model.shape, topology.tp_rank, topology.tp_size)
-        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+    for parameter, entry in weight_table(model):
+        shard = _shard(entry, reader, model.shape, topology.tp_rank, topology.tp_size)
+        assert shard.shape == parameter.shape, (entry, shard.shape, parameter.shape)
         parameter.copy_(shard)
 
 
@@ -261,17 +260,17 @@ def _unshard(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[Tens
 def full_tensors(
     model: PolicyModel,
     topology: Topology,
-    of: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+    of: Callable[[Parameter], Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """(Hugging Face name, whole tensor on the CPU) for this stage; None on ranks with tp_rank > 0.
+    """(Hugging Face name, whole tensor on the CPU) of this rank's chunks; None where tp_rank > 0.
 
     `of` picks what is gathered: the parameter itself, or its gradient, say. Collective over the
     tensor-parallel group, one parameter at a time, in parameter order.
     """
-    for name, entry in weight_table(model.core, model.shape).items():
-        if name == "output_layer.weight" and model.shape.tied:
-            continue  # the first stage writes the tied weight
-        local = of(model.core.get_parameter(name)).contiguous()
+    for parameter, entry in weight_table(model):
+        if getattr(parameter, "shared", False):
+            continue  # the last stage's copy of the tied weight, which the first stage writes
+        local = of(parameter).contiguous()
         shards = [local]
         if topology.tp_size > 1 and entry.kind != "replicated":
             shards = [torch.empty_like(local) for _ in range(topology.tp_size)]

@@ -131,6 +131,7 @@ def run_families(folders: dict[str, str], layout: tuple, export_root: str) -> di
             "policy.model_name=unused",
             "policy.precision=float32",
             f"policy.megatron_cfg.sequence_parallel={sequence_parallel}",
+            f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
         ],
     )
     results = {}
@@ -140,12 +141,12 @@ def run_families(folders: dict[str, str], layout: tuple, export_root: str) -> di
         check_weights(reader, model.shape)
         load_weights(model, reader, topology)
         batch = build_packed_batch(make_pairs(), divisible_by=tp)
-        stage = Stage(model=model, module=model.core, topology=topology, kernel_impl="auto")
+        stage = Stage(model=model, modules=model.chunks, topology=topology, kernel_impl="auto")
         logps = forward_logps(stage, [batch])
 
         training = build_training(model, config.policy, topology, total_steps=10)
         zero_grad(training)
-        stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+        stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
 
         def weighted_sum(logps, batch):
             # Megatron divides by the number of pairs.

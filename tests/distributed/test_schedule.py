@@ -62,6 +62,7 @@ def gradients(
             "policy.megatron_cfg.optimizer.use_distributed_optimizer=false",
             "policy.max_total_sequence_length=64",
             f"policy.megatron_cfg.sequence_parallel={sequence_parallel}",
+            f"policy.megatron_cfg.pipeline_model_parallel_size={layout[1]}",
             "dpo.sft_loss_weight=0.3",
         ],
     )
@@ -83,7 +84,7 @@ def gradients(
             )
             for members in plan[topology.dp_rank]
         ]
-        stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+        stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
         zero_grad(training)
         reports = forward_backward(stage, batches, loss_function(config))
         local = {n: sum(float(r[n]) for r in reports) for n in _SUMS}
@@ -170,7 +171,7 @@ def logps_and_gradients(sequence_parallel: bool, picks: list[int]) -> dict:
     model = build_model(LlamaConfig(**SHAPE), config.policy, topology)
     load_weights(model, RandomReader(model.shape, seed=11), topology)
     training = build_training(model, config.policy, topology, total_steps=10)
-    stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+    stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
     batch = build_packed_batch(make_pairs(), divisible_by=2)
     picked = replace(batch, response_index=batch.response_index[picks], labels=batch.labels[picks])
     zero_grad(training)
@@ -238,8 +239,8 @@ def weights_after_steps(overlaps: bool, tied: bool) -> dict:
     load_weights(model, RandomReader(model.shape, seed=11), topology)
     with mock.patch.object(optim, "DistributedDataParallelConfig", small_buckets):
         training = optim.build_training(model, config.policy, topology, total_steps=10)
-    assert not overlaps or len(training.ddp.bucket_groups) > 5
-    stage = Stage(model=model, module=training.ddp, topology=topology, kernel_impl="auto")
+    assert not overlaps or len(training.ddp[0].bucket_groups) > 5
+    stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
     pairs = make_pairs()[topology.dp_rank :: 2]
     reference = [torch.full((len(p.chosen) + len(p.rejected),), -4.0) for p in pairs]
     batches = [build_packed_batch(pairs, reference_logps=reference)]

@@ -137,7 +137,9 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
     results = {}
     for name, folder in folders.items():
         for share in SHARES:
-            config = load_config(None, _overrides(share, sequence_parallel))
+            overrides = _overrides(share, sequence_parallel)
+            overrides += [f"policy.megatron_cfg.pipeline_model_parallel_size={pp}"]
+            config = load_config(None, overrides)
             model = build_model(AutoConfig.from_pretrained(folder), config.policy, topology)
             load_weights(model, SafetensorsReader(folder), topology)
             cut = micro_batching(config, model.shape, topology)
@@ -149,7 +151,7 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
                 logps |= dict(zip(batch.rows, found.split(sizes), strict=True))
 
             training = build_training(model, config.policy, topology, total_steps=10)
-            stage = replace(stage, module=training.ddp)
+            stage = replace(stage, modules=training.ddp)
             zero_grad(training)
             reports = forward_backward(stage, part.batches, loss_function(config))
             sums = reduce_metrics(_local_sums(reports), _SUMS, topology)

@@ -73,16 +73,16 @@ def test_a_not_a_number_in_the_gradient_of_padding_reaches_no_row():
         ),
     ],
 )
-def test_gradients_repeat_to_the_bit(device):
+def test_gradients_are_sums_in_the_order_of_the_slots_to_the_bit(device):
     """Values of very different size: another order of the sum would give other bits."""
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, 50, (4000,), generator=generator)
-    upstream = torch.randn(4000, 8, generator=generator) * 10.0 ** torch.randint(
-        -4, 4, (4000, 1), generator=generator
-    )
-    plan, upstream = gather_plan(index).to(device), upstream.to(device)
+    index = torch.randint(0, 50, (1000,), generator=generator)
+    exponents = torch.randint(-4, 4, (1000, 1), generator=generator)
+    upstream = torch.randn(1000, 8, generator=generator) * 10.0**exponents
+    in_order = torch.zeros(50, 8)
+    for row, values in zip(index.tolist(), upstream, strict=True):
+        in_order[row] += values
+    plan = gather_plan(index).to(device)
     x = torch.zeros(50, 8, device=device, requires_grad=True)
-    first = gradient(x, gather_rows(x, plan), upstream)
-    assert all(torch.equal(first, gradient(x, gather_rows(x, plan), upstream)) for _ in range(5))
-    in_order = [upstream[index == row].cumsum(0)[-1] for row in range(50)]
-    torch.testing.assert_close(first, torch.stack(in_order), rtol=1e-3, atol=1e-1)
+    got = gradient(x, gather_rows(x, plan), upstream.to(device))
+    assert torch.equal(got.cpu(), in_order)

@@ -24,6 +24,7 @@ ALLOWED = {
         "kernels",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data.packed_batch",
+        "reinforcer_tp.pipeline_layout",
     ),
     "reinforcer_tp/reference.py": ("reinforcer_tp.data", "reinforcer_tp.mcore"),
     "reinforcer_tp/loop.py": (
