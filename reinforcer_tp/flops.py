@@ -1,7 +1,7 @@
 """Model FLOPs of a step, and the peak rates they are read against."""
 
 from reinforcer_tp.data.packing import PairCost
-from reinforcer_tp.mcore.model import ModelShape
+from reinforcer_tp.mcore.shape import ModelShape
 
 # Dense bfloat16 tensor-core rates in TFLOP/s, from NVIDIA's datasheets.
 _PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}

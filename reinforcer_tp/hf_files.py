@@ -7,7 +7,8 @@ from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError, validate_model
 from reinforcer_tp.embedded import EmbeddedPaths
-from reinforcer_tp.mcore.model import DTYPES, ModelShape, model_shape, rope_frequencies
+from reinforcer_tp.mcore.model import DTYPES
+from reinforcer_tp.mcore.shape import ModelShape, model_shape, rope_frequencies
 from reinforcer_tp.mcore.weights import RandomReader, SafetensorsReader, check_weights
 
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]

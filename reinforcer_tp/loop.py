@@ -24,7 +24,6 @@ from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.loss import dpo_loss, sequence_sums
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
-from reinforcer_tp.mcore.model import ModelShape
 from reinforcer_tp.mcore.optim import (
     Training,
     current_lr,
@@ -33,6 +32,7 @@ from reinforcer_tp.mcore.optim import (
     zero_grad,
 )
 from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
+from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 

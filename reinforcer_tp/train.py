@@ -174,8 +174,9 @@ def run(config: Config, inputs: Inputs) -> None:
         progress = stack.enter_context(Progress(total_steps, start_step, topology.is_rank_zero))
         logger = None
         if topology.is_rank_zero:
-            write_run_directory(config, environment_info(topology.layout()), data.report)
-            progress.message(format_report(data.report))
+            report = with_token_savings(config, inputs, topology)
+            write_run_directory(config, environment_info(topology.layout()), report)
+            progress.message(format_report(report))
             logger = stack.enter_context(
                 open_loggers(config.logger, str(log_dir), dataclasses.asdict(config), start_step)
             )
@@ -241,6 +242,21 @@ def build_and_sweep(
         del stage
         stage = build(inputs.files)
     return stage, references, reference_s
+
+
+def with_token_savings(config: Config, inputs: Inputs, topology: Any) -> dict[str, Any]:
+    """The data report with what packing and sharing save in training."""
+    from reinforcer_tp.data.token_report import token_report
+    from reinforcer_tp.loop import micro_batching, train_rows
+
+    pairs, report = inputs.data.train, inputs.data.report
+    steps = range(1, inputs.total_steps + 1)
+    savings = token_report(
+        pairs,
+        (train_rows(config, len(pairs), step) for step in steps),
+        micro_batching(config, inputs.files.shape, topology),
+    )
+    return report | {"train": report["train"] | {"token_savings": savings}}
 
 
 def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> dict[str, dict]:

@@ -127,15 +127,19 @@ def _savings(name: str, savings: dict[str, Any]) -> Iterator[str]:
     """Tokens of a mean step, and what they would be without packing and sharing."""
     rows = {
         "naive_padded": "both sides in full, padded to the longest of 8 pairs",
-        "naive": "both sides in full, no padding",
-        "packed": "both sides in full, packed",
+        "naive": "both sides in full",
+        "packed": "both sides in full, packed into rows",
     }
     if savings["share"] == "nothing":
         del rows["packed"]  # it is this run
-    shared = {"nothing": "nothing", "prompt": "prompts", "response": "prompts and common starts"}
+    fewer = f", {savings['ratio']:.2f}x fewer than in full"
+    shared = {
+        "nothing": "",
+        "prompt": f", prompts shared{fewer}",
+        "response": f", common starts shared{fewer}",
+    }
     this_run = (
-        f"this run: packed, {shared[savings['share']]} shared; both sides in full are "
-        f"{savings['ratio']:.2f} times as many; {savings['padding_fraction']:.1%} is padding"
+        f"this run: packed{shared[savings['share']]}, {savings['padding_fraction']:.1%} padding"
     )
     steps = savings["steps"]
     yield f"{name}: tokens a step, mean of the first {steps:,} steps"

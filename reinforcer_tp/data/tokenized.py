@@ -67,7 +67,7 @@ class TokenizedSet(Sequence[TokenizedPair]):
             return np.zeros(len(index), np.int64)
         shared = self._lengths[index, 0].astype(np.int64)
         if share == "response":
-            shared += [self._common_start(i) for i in index.tolist()]
+            shared += np.array([self._common_start(i) for i in index.tolist()], np.int64)
         return shared
 
     def _common_start(self, index: int) -> int:

@@ -21,11 +21,11 @@ from reinforcer_tp.mcore.gather import Gather, gather_plan
 # Segments join a group while at least this share of its (query, key) pairs is not padding
 _MIN_FILL = 0.85
 # and while its scores, of all heads, are at most these many: 1 MiB of float32, a core's L2 cache.
-# Without this bound the products of 64 segments of 30 to 90 tokens take 1.1 to 1.4 times as long.
+# Without this bound 64 segments of 30 to 90 tokens take 1.1 times as long.
 _MAX_SCORES = 2**18
-# Longest group, in (query, key) pairs of a segment, that takes explicit products. With the most
-# pairs that are square, those were faster up to 192 tokens in bfloat16 (AMD EPYC, AVX512_BF16;
-# even at 256) and no slower up to 128 in float32; SDPA skips what causality hides.
+# Largest segment, in (query, key) pairs, that takes explicit products. On an AMD EPYC (AVX512_BF16)
+# they beat SDPA up to 192 tokens in bfloat16, are even at 256, and even up to 128 in float32.
+# Beyond, SDPA wins: it skips the pairs that causality hides.
 _MOST_SHORT_PAIRS = 192 * 192
 
 

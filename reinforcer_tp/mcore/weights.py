@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from reinforcer_tp.mcore.model import ModelShape, PolicyModel
+from reinforcer_tp.mcore.model import PolicyModel
+from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
 
 _MAX_FILE_BYTES = 4 << 30

@@ -23,7 +23,7 @@ ROWS = {
     "shared prefix": ([(6, 9, 7, 9), (5, 8, 8, 12), (3, 4, 4, 3)], 1),
     "prompt of one token": ([(1, 4, 7, 1), (1, 4, 7, 0), (1, 2, 2, 2)], 2),
     "responses of one token": ([(8, 1, 1, 8), (4, 1, 6, 4), (4, 6, 1, 4)], 0),
-    "long beside short": ([(150, 70, 90, 150), (9, 300, 2, 9), (3, 4, 5, 3), (99, 99, 200, 0)], 40),
+    "long beside short": ([(150, 70, 90, 150), (3, 200, 2, 3), (3, 4, 5, 3), (90, 110, 7, 0)], 40),
 }
 
 
@@ -84,8 +84,8 @@ def each_segment(batch, q, k, v, attend):
 def naive_attend(q, k, v):  # (n, H, E), (m, G, E), (m, G, E)
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhe,khe->hqk", q, keys) / math.sqrt(q.shape[-1])
-    visible = [[j <= i + len(k) - len(q) for j in range(len(k))] for i in range(len(q))]
-    hidden = ~torch.tensor(visible, device=q.device)
+    last_seen = torch.arange(len(q), device=q.device) + len(k) - len(q)
+    hidden = torch.arange(len(k), device=q.device) > last_seen[:, None]
     return torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -math.inf).softmax(-1), values)
 
 
@@ -192,9 +192,11 @@ def test_gradients_repeat_to_the_bit(name):
 def test_what_stands_in_padding_does_not_matter(dtype, poison, monkeypatch):
     """To the bit. Nor does what memory held before: new tensors are NaN."""
     padding = 7
-    batch = row(ROWS["long beside short"][0], padding)
-    tensors, upstream = inputs(batch, 9, 3, dtype=dtype)
-    plan = parameters(batch, 9, 3).segments
+    pairs = [(40, 31, 90, 40), (40, 33, 86, 40), (150, 80, 70, 150), (160, 75, 75, 160)]
+    batch = row(pairs, padding)
+    tensors, upstream = inputs(batch, 2, 1, dtype=dtype)
+    plan = parameters(batch, 2, 1).segments
+    assert all(any(g.num_segments > 1 for g in groups) for groups in (plan.short, plan.long))
     clean = with_gradients(grouped_attention(*tensors, plan), tensors, upstream)
     with torch.no_grad():
         for t in tensors:  # a slot's value may be anything finite, the row's padding anything
@@ -251,8 +253,8 @@ def test_scores_of_a_group_are_bounded():
 
 
 def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """torch.nn.attention.varlen's contract, in the caller's dtype: query i of n sees the keys j of
-    m with i + m - n - left <= j <= i + m - n + right, a bound of -1 being none."""
+    """FlashAttention's contract, in the caller's dtype: query i of n sees the keys j of m with
+    i + m - n - left <= j <= i + m - n + right, a bound of -1 being none."""
     assert window_size == (-1, 0) and scale is None
     assert enable_gqa == (q.shape[1] != k.shape[1])
     assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from reinforcer_tp.mcore.model import model_shape, rope_frequencies
+from reinforcer_tp.mcore.shape import model_shape, rope_frequencies
 from reinforcer_tp.mcore.weights import SafetensorsReader
 
 SHAPE = {

@@ -15,6 +15,7 @@ LENGTHS = st.lists(st.integers(1, 100), max_size=40)
 MAX_TOKENS = st.one_of(st.none(), st.integers(100, 300))
 MAX_PAIRS = st.one_of(st.none(), st.integers(1, 6))
 RANKS = st.integers(1, 5)
+MULTIPLE = st.integers(1, 4)
 
 
 def positions(plan):
@@ -26,15 +27,29 @@ def tokens(micro_batch, lengths):
 
 
 @settings(deadline=None, max_examples=300)
-@given(lengths=LENGTHS, max_tokens=MAX_TOKENS, max_pairs=MAX_PAIRS, num_ranks=RANKS)
-def test_a_plan_is_complete_within_limits_and_even(lengths, max_tokens, max_pairs, num_ranks):
+@given(
+    lengths=LENGTHS, max_tokens=MAX_TOKENS, max_pairs=MAX_PAIRS, num_ranks=RANKS,
+    count_multiple=MULTIPLE, costs=st.data(),
+)  # fmt: skip
+def test_a_plan_is_complete_within_limits_and_even(
+    lengths, max_tokens, max_pairs, num_ranks, count_multiple, costs
+):
+    cost = st.lists(st.floats(0, 1e15), min_size=len(lengths), max_size=len(lengths))
+    arguments = {
+        "costs": costs.draw(st.one_of(st.none(), cost)),
+        "max_tokens": max_tokens,
+        "max_pairs": max_pairs,
+        "num_ranks": num_ranks,
+        "count_multiple": count_multiple,
+    }
     before = list(lengths)
-    plan = pack(lengths, max_tokens=max_tokens, max_pairs=max_pairs, num_ranks=num_ranks)
+    plan = pack(lengths, **arguments)
     assert lengths == before
-    assert plan == pack(lengths, max_tokens=max_tokens, max_pairs=max_pairs, num_ranks=num_ranks)
+    assert plan == pack(lengths, **arguments)
     assert sorted(positions(plan)) == list(range(len(lengths)))
     assert len(plan) == num_ranks
-    assert len({len(rank) for rank in plan}) == 1 and len(plan[0]) >= 1
+    assert len({len(rank) for rank in plan}) == 1
+    assert len(plan[0]) >= 1 and len(plan[0]) % count_multiple == 0
     for rank in plan:
         sizes = [tokens(micro_batch, lengths) for micro_batch in rank]
         assert sizes == sorted(sizes, reverse=True)
@@ -42,6 +57,48 @@ def test_a_plan_is_complete_within_limits_and_even(lengths, max_tokens, max_pair
             assert micro_batch == sorted(micro_batch)
             assert max_tokens is None or size <= max_tokens
             assert max_pairs is None or len(micro_batch) <= max_pairs
+
+
+def first_fit_decreasing(lengths, max_tokens, max_pairs):
+    """Number of micro-batches, by the definition."""
+    bins = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [b for b in bins if sum(b) + length <= max_tokens and len(b) < max_pairs]
+        if not fitting:
+            bins.append(fitting := [])
+            fitting.append(length)
+        else:
+            fitting[0].append(length)
+    return len(bins)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=LENGTHS, max_tokens=st.integers(100, 300), max_pairs=st.integers(1, 6),
+    num_ranks=RANKS, count_multiple=MULTIPLE,
+)  # fmt: skip
+def test_no_more_micro_batches_than_first_fit_decreasing(
+    lengths, max_tokens, max_pairs, num_ranks, count_multiple
+):
+    plan = pack(
+        lengths,
+        max_tokens=max_tokens,
+        max_pairs=max_pairs,
+        num_ranks=num_ranks,
+        count_multiple=count_multiple,
+    )
+    shares = [[lengths[i] for i in positions([rank])] for rank in plan]
+    most = max(1, *(first_fit_decreasing(share, max_tokens, max_pairs) for share in shares))
+    assert len(plan[0]) == -(-most // count_multiple) * count_multiple
+
+
+@settings(deadline=None, max_examples=200)
+@given(costs=st.lists(st.floats(1, 1e12), min_size=1, max_size=40), num_ranks=RANKS)
+def test_ranks_are_balanced_by_cost(costs, num_ranks):
+    plan = pack([1] * len(costs), costs=costs, max_tokens=9, max_pairs=None, num_ranks=num_ranks)
+    loads = [sum(costs[i] for i in positions([rank])) for rank in plan]
+    # Dealt costliest first to the idlest: no two ranks differ by more than one pair.
+    assert max(loads) - min(loads) <= max(costs) * (1 + 1e-9)
 
 
 @settings(deadline=None, max_examples=200)
@@ -84,14 +141,51 @@ def test_at_most_eleven_ninths_of_the_fewest_micro_batches(lengths, max_tokens):
 
 
 def test_by_hand():
-    # Longest first into the first micro-batch with room: 6 | 6+4, 5 | 5+3 | 5+3+2.
+    # First-fit needs two: 6 + 4, 5 + 3 + 2. They are as even as can be.
     plan = pack([5, 2, 6, 3, 4], max_tokens=10, max_pairs=None, num_ranks=1)
     assert plan == [[[2, 4], [0, 1, 3]]]
     # Dealt 6 | 5 | 4 to the 5 | 3 to the 6 | 2 to either (9 = 9: the first).
-    assert pack([5, 2, 6, 3, 4], max_tokens=10, max_pairs=None, num_ranks=2) == [
-        [[2, 3], [1]],
-        [[0, 4], []],
+    assert pack([5, 2, 6, 3, 4], max_tokens=11, max_pairs=None, num_ranks=2) == [
+        [[1, 2, 3]],
+        [[0, 4]],
     ]
+    # At most 10 tokens: rank 0 needs two, so rank 1 spreads its share over two as well.
+    assert pack([5, 2, 6, 3, 4], max_tokens=10, max_pairs=None, num_ranks=2) == [
+        [[2], [1, 3]],
+        [[0], [4]],
+    ]
+    # By cost: the pair of 2 tokens is all the work of rank 0.
+    assert pack([5, 2, 6], costs=[1.0, 9.0, 2.0], max_tokens=11, max_pairs=None, num_ranks=2) == [
+        [[1]],
+        [[0, 2]],
+    ]
+
+
+def test_micro_batches_come_in_multiples_and_share_the_tokens():
+    lengths = [10, 20, 30, 40, 50, 60, 70, 80]  # 360 tokens in two of 200; three are asked for
+    plan = pack(lengths, max_tokens=200, max_pairs=None, num_ranks=1, count_multiple=3)
+    assert [tokens(micro_batch, lengths) for micro_batch in plan[0]] == [120, 120, 120]
+    assert pack([7], max_tokens=8, max_pairs=None, num_ranks=2, count_multiple=3) == [
+        [[0], [], []],
+        [[], [], []],
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [60, 69, 200])
+def test_rows_are_evened_out_beyond_dealing(max_tokens):
+    """Dealt one by one, longest first, 30 | 30 | 20 | 20 | 20 leaves rows of 70 and 50."""
+    lengths = [30, 20, 30, 20, 20]
+    plan = pack(lengths, max_tokens=max_tokens, max_pairs=None, num_ranks=1, count_multiple=2)
+    assert plan == [[[0, 2], [1, 3, 4]]]
+
+
+@settings(deadline=None, max_examples=200)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), count=st.integers(1, 6))
+def test_the_longest_row_is_less_than_a_pair_over_the_mean(lengths, count):
+    plan = pack(lengths, max_tokens=None, max_pairs=None, num_ranks=1, count_multiple=count)
+    assert len(plan[0]) == count
+    longest = max(tokens(micro_batch, lengths) for micro_batch in plan[0])
+    assert longest <= sum(lengths) / count + max(lengths) * (1 - 1 / count) + 1e-9
 
 
 def test_no_pairs_give_every_rank_one_empty_micro_batch():
@@ -122,10 +216,15 @@ def test_a_limit_below_one_is_refused(limit):
         pack([1], **limits)
 
 
-def test_a_hundred_thousand_pairs_take_under_two_seconds_of_cpu():
+@pytest.mark.parametrize("num_ranks", [1, 64])
+@pytest.mark.parametrize("max_tokens", [4096, 8192, 65536])
+def test_a_hundred_thousand_pairs_take_under_two_seconds_of_cpu(num_ranks, max_tokens):
     generator = random.Random(0)
     lengths = [generator.randint(20, 4096) for _ in range(100_000)]
-    begin = time.process_time()
-    plan = pack(lengths, max_tokens=8192, max_pairs=None, num_ranks=1)
-    assert time.process_time() - begin < 2
-    assert len(plan[0]) < 1.01 * sum(lengths) / 8192
+    seconds = []
+    while min(seconds, default=2) >= 2 and len(seconds) < 3:  # the core may be shared
+        begin = time.process_time()
+        plan = pack(lengths, max_tokens=max_tokens, max_pairs=None, num_ranks=num_ranks)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 2
+    assert len(plan[0]) < 1.015 * sum(lengths) / max_tokens / num_ranks + 1

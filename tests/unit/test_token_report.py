@@ -59,12 +59,12 @@ def test_by_hand():
         "padding_fraction": 0.0,
         "ratio": 32 / 22,
     }
-    # Two rows, 9 + 7 and 6 or 9 + 6 and 7 tokens, both padded: 2 * 15 is the least.
+    # Two rows of at most 20: 9 and 7 + 6 tokens, both padded to 13.
     equal = token_report(pairs, [[0, 1, 2]], cut(equal_rows=True))
     assert (equal["shared"], equal["padding_fraction"]) == (2 * 13, 1 - 22 / 26)
-    # Unshared 12 + 7 = 19 and 13: two rows of at most 20.
+    # Unshared 13 and 12 + 7.
     assert equal["packed"] == 2 * 19
-    # Row lengths of 4: 22 tokens in rows of 13 and 9 take 16 + 12.
+    # In multiples of 4 the rows of 9 and 13 take 12 + 16.
     assert token_report(pairs, [[0, 1, 2]], cut(divisible_by=4))["shared"] == 28
     # The common first token too, but a rejected response of one token keeps it.
     assert token_report(pairs, [[0, 1, 2]], cut(share="response"))["shared"] == 8 + 5 + 7
@@ -130,15 +130,14 @@ def test_the_printed_lines_tell_tokens_a_step():
     assert lines[-6:-1] == [
         "train: tokens a step, mean of the first 2 steps",
         "       4,200  both sides in full, padded to the longest of 8 pairs",
-        "       3,200  both sides in full, no padding",
-        "       3,800  both sides in full, packed",
-        "       2,600  this run: packed, prompts shared; both sides in full are 1.23 times as "
-        "many; 15.4% is padding",
+        "       3,200  both sides in full",
+        "       3,800  both sides in full, packed into rows",
+        "       2,600  this run: packed, prompts shared, 1.23x fewer than in full, 15.4% padding",
     ]
     assert lines[-1].startswith("validation: a.jsonl")
     lines = format_report(report_of(pairs, batches, share="nothing", **changes)).splitlines()
-    assert lines[-2].startswith("       3,800  this run: packed, nothing shared")
-    assert "padded to" in lines[-4] and "no padding" in lines[-3]
+    assert lines[-2].startswith("       3,800  this run: packed, 15.8% padding")
+    assert "padded to" in lines[-4] and lines[-3].endswith("both sides in full")
 
 
 # Real dialogues
@@ -168,7 +167,7 @@ def dialogues(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [32, 64, 128])
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
 def test_padding_of_real_dialogues_is_at_most_three_percent(dialogues, batch_size, dp_size):
     batches = [
         global_batch_rows(len(dialogues), batch_size, seed=1, step=step, shuffle=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from reinforcer_tp.config import Config
 from reinforcer_tp.data.tokenized import TokenizedSet
-from reinforcer_tp.selftest_layouts import num_cores
+from reinforcer_tp.selftest.layouts import num_cores
 
 _LATE_REPORTS_S = 0.5  # after the first failure: the cause may be told after its consequences
 
@@ -215,7 +215,7 @@ def _run(function: Callable[[Task], Any], order: _Order, rank: int) -> Any:
         init_method=f"file://{order.store}",
         rank=rank,
         world_size=order.world_size,
-        timeout=timedelta(seconds=order.timeout_s),
+        timeout=timedelta(seconds=order.timeout_s + 60),  # the parent gives up first
     )
     result = function(order.task)
     dist.barrier()  # nobody leaves while a peer still needs it

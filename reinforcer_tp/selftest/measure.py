@@ -17,14 +17,15 @@ from reinforcer_tp.data.micro_batches import micro_batches
 from reinforcer_tp.hf_files import open_model
 from reinforcer_tp.loop import loss_function, micro_batching
 from reinforcer_tp.mcore.cpu import cuda_type_names
-from reinforcer_tp.mcore.model import ModelShape, build_model
+from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import Training, build_training, zero_grad
 from reinforcer_tp.mcore.schedule import Stage, forward_backward, open_stage, reduce_metrics
+from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology, init_topology
 from reinforcer_tp.mcore.weights import full_tensors, hf_shape, load_weights
 from reinforcer_tp.reference import sweep_reference
-from reinforcer_tp.selftest_compare import Measured
-from reinforcer_tp.selftest_ranks import Task
+from reinforcer_tp.selftest.compare import Measured
+from reinforcer_tp.selftest.processes import Task
 
 _PERTURBATION = 0.05  # relative standard deviation of the policy's weights about the given ones
 

@@ -10,48 +10,29 @@ or model files, 78 configuration, 130 interrupted.
 """
 
 import argparse
-import json
 import math
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from reinforcer_tp.config import Config, ConfigError, load_config, validate_model
+from reinforcer_tp.config import ConfigError
 from reinforcer_tp.data.tokenized import TokenizedSet
-from reinforcer_tp.selftest_compare import BOUNDS, Deviation, Measured, compare, relative
-from reinforcer_tp.selftest_layouts import (
-    BASELINE,
-    ON_CPU,
-    Case,
-    Layout,
-    bytes_needed,
-    choose,
-    fit,
-    free_memory,
-    layouts,
-    own_layout,
-    small_batch,
-    small_model,
-    tied_layouts,
-)
-from reinforcer_tp.selftest_ranks import RankError, Ranks, Task
+from reinforcer_tp.selftest.batch import Case, fit, of_configuration, own_making, small_batch
+from reinforcer_tp.selftest.compare import BOUNDS, Deviation, Measured, compare, relative
+from reinforcer_tp.selftest.layouts import Layout, choose, free_memory, layouts, tied_layouts
+from reinforcer_tp.selftest.processes import RankError, Ranks, Task
 
 _EXIT_DEVIATES, _EXIT_DATA, _EXIT_CONFIG, _EXIT_INTERRUPTED = 1, 65, 78, 130
-MEASURE = "reinforcer_tp.selftest_measure:measure"
-# Both terms matter alike, at weights that are not ln 2's.
-OWN_LOSS = ("dpo.reference_policy_kl_penalty=0.3", "dpo.sft_loss_weight=0.02")
-
-Load = Callable[[Sequence[str]], Config]  # overrides -> the configuration of a layout
+MEASURE = "reinforcer_tp.selftest.measure:measure"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +40,10 @@ class Row:
     """What the table says of a layout that was run."""
 
     layout: Layout
-    measured: Measured | None = None  # of rank 0; None = it failed
+    found: Sequence[Measured] = ()  # by rank; () = it failed
     deviation: Deviation | None = None  # None = a baseline, or it failed
     problems: tuple[str, ...] = ()  # why it does not agree
     details: str = ""  # a traceback
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The global batch and the models to run it through."""
-
-    pairs: TokenizedSet
-    shape: Mapping[str, Any]  # config.json
-    models: Mapping[bool, tuple[str, ...]]  # tied -> overrides that name the model
-    note: str  # for the user
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    known = [*layouts(8, small_batch().lengths()), *tied_layouts()]
+    known = [*layouts(8, small_batch().lengths()), *tied_layouts(8)]
     parser = argparse.ArgumentParser(
         prog="python -m reinforcer_tp.selftest",
         description="Runs one global batch on the CPU, in float32, in every layout that this "
@@ -124,31 +95,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def selftest(arguments: argparse.Namespace, folder: Path) -> int:
     """The table of contents: batch, layouts that fit, runs, table. Returns the exit status."""
     begin = time.monotonic()
-
-    loss = () if arguments.config else OWN_LOSS
-
-    def load(keys: Sequence[str]) -> Config:
-        return load_config(arguments.config, [*loss, *arguments.overrides, *ON_CPU, *keys])
-
     if arguments.config is None:
         batch = own_making(folder, arguments.overrides)
-        known = [*layouts(batch.shape["num_hidden_layers"], batch.pairs.lengths()), *tied_layouts()]
-        wanted = choose(known, arguments.layouts)
     else:
-        own = load_config(arguments.config, arguments.overrides)
-        batch = of_configuration(own, load, arguments.pairs)
-        known = layouts(batch.shape["num_hidden_layers"], batch.pairs.lengths())
-        wanted = choose([*known, own_layout(own)], arguments.layouts)
-    fitted = [
-        fit(
-            layout,
-            lambda keys, layout=layout: load([*keys, *batch.models[layout.tied]]),
-            batch.shape,
-            batch.pairs,
-            free_memory(),
-        )
-        for layout in wanted
-    ]
+        batch = of_configuration(arguments.config, arguments.overrides, arguments.pairs)
+    free_bytes = free_memory()
+    wanted = choose(batch.layouts, arguments.layouts)
+    fitted = [fit(layout, batch, free_bytes) for layout in wanted]
     cases = [case for case in fitted if isinstance(case, Case)]
     skipped = [layout for layout in fitted if isinstance(layout, Layout)]
     if not cases or (len(cases) < 2 <= len(fitted)):
@@ -160,68 +113,6 @@ def selftest(arguments: argparse.Namespace, folder: Path) -> int:
     console.print(batch.note, soft_wrap=True)
     rows = run_cases(cases, batch.pairs, folder, timeout_s=arguments.timeout, console=console)
     return report(rows, skipped, len(cases), time.monotonic() - begin, console)
-
-
-def own_making(folder: Path, overrides: Sequence[str]) -> Batch:
-    """The self-test's own models, written below `folder`, and its own pairs."""
-    refused = [text for text in overrides if not text.startswith("dpo.")]
-    if refused:
-        raise ConfigError(
-            f"{refused[0]}: without --config the self-test brings its own model, data and layouts; "
-            "only dpo.* keys can be set, or give --config FILE"
-        )
-    pairs, models = small_batch(), {}
-    for is_tied in (False, True):
-        model = folder / ("tied" if is_tied else "untied")
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(small_model(is_tied)))
-        models[is_tied] = (
-            f"policy.model_name={model}",
-            "policy.load_weights=false",
-            "policy.max_total_sequence_length=128",
-            f"policy.train_global_batch_size={len(pairs)}",
-            "data.dataset_name=embedded",
-        )
-    note = (
-        f"{len(pairs)} made-up pairs through a random Llama of 8 layers (tied_: its head is its "
-        "embedding); the policy is the reference with 5 % of noise on its weights"
-    )
-    return Batch(pairs=pairs, shape=small_model(False), models=models, note=note)
-
-
-def of_configuration(own: Config, load: Load, max_pairs: int) -> Batch:
-    """The model of the user's configuration and at most `max_pairs` of its first global batch.
-
-    Raises ConfigError or ValueError, as training would.
-    """
-    own.validate(own_layout(own).processes)
-    from reinforcer_tp.inputs import open_inputs
-    from reinforcer_tp.loop import train_rows
-
-    inputs = open_inputs(load(BASELINE), holds_run=False, world_size=1)
-    shape, train = inputs.files.hf_config.to_dict(), inputs.data.train
-    validate_model(own, shape)
-    rows = train_rows(own, len(train), 1)
-    count, free_bytes = min(max_pairs, len(rows)), free_memory()
-    while count > 1 and bytes_needed(shape, train.lengths()[rows[:count]], 1, 1) > free_bytes:
-        count -= 1
-    models = [
-        f"policy.model_name={inputs.files.folder}",
-        f"policy.train_global_batch_size={count}",
-    ]
-    if inputs.reference_files is not None:
-        models.append(f"reference.model_name={inputs.reference_files.folder}")
-    note = (
-        f"{count} of the {len(rows)} pairs of the first global batch (as many as --pairs and the "
-        f"memory allow) through {own.policy.model_name}; 5 % of noise on the policy's weights, so "
-        "that it is not the reference"
-    )
-    return Batch(
-        pairs=TokenizedSet.from_pairs(train[i] for i in rows[:count]),
-        shape=shape,
-        models={False: tuple(models)},
-        note=note,
-    )
 
 
 def run_cases(
@@ -248,7 +139,7 @@ def run_cases(
             task = Task(
                 config=case.config,
                 pairs=pairs,
-                gradients=str(folder / f"tied_{layout.tied}.safetensors"),
+                gradients=str(folder / f"gradients_{layout.tied}.safetensors"),
                 is_baseline=baseline is None,
             )
             try:
@@ -272,11 +163,11 @@ def judge(layout: Layout, found: Sequence[Measured], baseline: Measured | None) 
     if baseline is not None:
         deviation = compare(found, baseline)
         problems = deviation.problems()
-        return Row(layout=layout, measured=found[0], deviation=deviation, problems=problems)
+        return Row(layout=layout, found=found, deviation=deviation, problems=problems)
     [own] = found
     off = relative(own.grad_norm, math.hypot(*own.gradients.values()))
     message = f"gradient norm off by {off:.2e} from the norm of the gradients"
-    return Row(layout=layout, measured=own, problems=() if off <= BOUNDS.grad_norm else (message,))
+    return Row(layout=layout, found=found, problems=() if off <= BOUNDS.grad_norm else (message,))
 
 
 def report(
@@ -329,18 +220,21 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    measured, deviation = row.measured, row.deviation
-    processes = str(row.layout.processes)
-    if measured is None:
+    deviation, processes = row.deviation, str(row.layout.processes)
+    if not row.found:
         return ["[red]FAILED[/red]", processes]
+    first = row.found[0]
+    num_empty = max(measured.num_empty for measured in row.found)
     cells = [
         processes,
-        f"{measured.num_micro_batches}{', 1 empty' if measured.num_empty else ''}",
-        f"{measured.loss:.6f}",
-        f"{measured.grad_norm:.6f}",
+        f"{first.num_micro_batches}, {num_empty} empty"
+        if num_empty
+        else f"{first.num_micro_batches}",
+        f"{first.loss:.6f}",
+        f"{first.grad_norm:.6f}",
     ]
     if deviation is not None:
-        cells += [f"{deviation.gradient:.0e}", f"{deviation.logps:.0e}"]
+        cells += [f"{deviation.gradient:.1e}", f"{deviation.logps:.1e}"]
     if row.problems:
         return ["[red]DEVIATES[/red]", *cells]
     return ["baseline" if deviation is None else "agrees", *cells]

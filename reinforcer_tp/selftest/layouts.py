@@ -4,16 +4,14 @@ Imports neither torch nor transformers.
 """
 
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reinforcer_tp.config import Config, ConfigError, validate_model
-from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
+from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.pipeline_layout import even_layout
 
 MAX_PROCESSES = 8  # of the user's own layout
@@ -53,7 +51,6 @@ ON_CPU = (
 _TP2 = (f"{_MEGATRON}.tensor_model_parallel_size=2",)
 _SP = (*_TP2, f"{_MEGATRON}.sequence_parallel=true")
 _PP2 = (f"{_MEGATRON}.pipeline_model_parallel_size=2",)
-_VPP2 = (*_PP2, f"{_MEGATRON}.virtual_pipeline_model_parallel_size=2")
 _SHARDED = (f"{_MEGATRON}.optimizer.use_distributed_optimizer=true",)
 _FULL = (f"{_MEGATRON}.activation_checkpointing=true", f"{_MEGATRON}.recompute_granularity=full")
 _SELECTIVE = (_FULL[0], f"{_MEGATRON}.recompute_granularity=selective")
@@ -74,16 +71,9 @@ class Layout:
     skip: str | None = None  # why it cannot run here
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A layout that will run."""
-
-    layout: Layout
-    config: Config
-
-
 def layouts(num_layers: int, lengths: np.ndarray) -> list[Layout]:
     """Every layout, the baseline first. `lengths` (n, 3): tokens of prompt, chosen, rejected."""
+    pp2, vpp2 = _pipeline(num_layers, 1), _pipeline(num_layers, 2)
     first = num_layers // 2 + 1
     uneven = (
         *_PP2,
@@ -106,33 +96,34 @@ def layouts(num_layers: int, lengths: np.ndarray) -> list[Layout]:
         "tp2_sp": (2, _SP),
         "tp2_sp_share": (2, (*_SP, *_RESPONSE, *_ONE_PAIR)),
         "tp2_sp_recompute": (2, (*_SP, *_FULL, *_PROMPT, *_TWO_PAIRS)),
-        "pp2": (2, (*_PP2, *_TWO_PAIRS)),
-        "pp2_share": (2, (*_PP2, *_RESPONSE, *budget)),
-        "pp2_recompute": (2, (*_PP2, *_FULL, *_PROMPT, *_ONE_PAIR)),
+        "pp2": (2, (*pp2, *_TWO_PAIRS)),
+        "pp2_share": (2, (*pp2, *_RESPONSE, *budget)),
+        "pp2_recompute": (2, (*pp2, *_FULL, *_PROMPT, *_ONE_PAIR)),
         "pp2_uneven": (2, (*uneven, *_PROMPT, *_TWO_PAIRS)),
-        "pp2_vpp2": (2, (*_VPP2, *_TWO_PAIRS)),
-        "pp2_vpp2_share": (2, (*_VPP2, *_RESPONSE, *_SELECTIVE, *_ONE_PAIR)),
+        "pp2_vpp2": (2, (*vpp2, *_TWO_PAIRS)),
+        "pp2_vpp2_share": (2, (*vpp2, *_RESPONSE, *_SELECTIVE, *_ONE_PAIR)),
         "pp2_layout": (2, (*by_text, *_PROMPT, *_TWO_PAIRS)),
         "dp2": (2, (*_TWO_PAIRS, *_PROMPT)),
         "dp2_sharded": (2, (*_SHARDED, *_TWO_PAIRS, *_PROMPT)),
         "dp2_empty": (2, (*_SHARDED, *_ONE_PAIR, *_RESPONSE)),
-        "tp2_sp_pp2": (4, (*_SP, *_PP2, *_TWO_PAIRS, *_RESPONSE)),
-        "tp2_sp_vpp2": (4, (*_SP, *_VPP2, *_TWO_PAIRS, *_PROMPT, *_FULL)),
-        "dp2_pp2": (4, (*_PP2, *_SHARDED, *_ONE_PAIR, *_RESPONSE)),
-        "dp2_vpp2": (4, (*_VPP2, *_ONE_PAIR, *_PROMPT)),
+        "tp2_sp_pp2": (4, (*_SP, *pp2, *_TWO_PAIRS, *_RESPONSE)),
+        "tp2_sp_vpp2": (4, (*_SP, *vpp2, *_TWO_PAIRS, *_PROMPT, *_FULL)),
+        "dp2_pp2": (4, (*pp2, *_SHARDED, *_ONE_PAIR, *_RESPONSE)),
+        "dp2_vpp2": (4, (*vpp2, *_ONE_PAIR, *_PROMPT)),
         "dp2_tp2_sp": (4, (*_SP, *_SHARDED, *_TWO_PAIRS, *_RESPONSE)),
     }
     return [Layout(name=name, processes=n, overrides=keys) for name, (n, keys) in table.items()]
 
 
-def tied_layouts() -> list[Layout]:
+def tied_layouts(num_layers: int) -> list[Layout]:
     """Layouts in which a head that is the embedding matters, and the baseline of that model."""
+    pp2, vpp2 = _pipeline(num_layers, 1), _pipeline(num_layers, 2)
     table = {
         "tied_baseline": (1, ()),
         "tied_tp2_sp": (2, (*_SP, *_RESPONSE, *_TWO_PAIRS)),
-        "tied_pp2": (2, (*_PP2, *_RESPONSE, *_TWO_PAIRS)),
-        "tied_vpp2": (2, (*_VPP2, *_PROMPT, *_ONE_PAIR)),
-        "tied_dp2_pp2": (4, (*_PP2, *_SHARDED, *_RESPONSE, *_ONE_PAIR)),
+        "tied_pp2": (2, (*pp2, *_RESPONSE, *_TWO_PAIRS)),
+        "tied_vpp2": (2, (*vpp2, *_PROMPT, *_ONE_PAIR)),
+        "tied_dp2_pp2": (4, (*pp2, *_SHARDED, *_RESPONSE, *_ONE_PAIR)),
     }
     return [
         Layout(name=name, processes=n, overrides=keys, tied=True)
@@ -166,40 +157,6 @@ def choose(known: Sequence[Layout], wanted: str | None) -> list[Layout]:
     tied = {layout.tied for layout in known if layout.name in names}
     needed = {"tied_baseline" if is_tied else "baseline" for is_tied in tied}
     return [layout for layout in known if layout.name in needed.union(names)]
-
-
-def fit(
-    layout: Layout,
-    load: Callable[[Sequence[str]], Config],  # overrides -> the configuration
-    shape: Mapping[str, Any],  # config.json of the model
-    pairs: TokenizedSet,
-    free_bytes: int,
-) -> Case | Layout:
-    """The case to run, or the layout with the reason why this model or machine cannot hold it."""
-    try:
-        if layout.processes > MAX_PROCESSES:
-            raise ConfigError(f"{layout.processes} processes; at most {MAX_PROCESSES} are started")
-        config = load(() if layout.overrides is None else (*BASELINE, *layout.overrides))
-        config.validate(layout.processes)
-        validate_model(config, dict(shape))
-        if layout.name == "dp2_empty" and len(pairs) % 2 == 0:
-            raise ConfigError(f"{len(pairs)} pairs leave no micro-batch empty; an odd number does")
-        needed = bytes_needed(
-            shape, pairs.lengths(), layout.processes, data_parallel(layout, config)
-        )
-        if needed > free_bytes:
-            raise ConfigError(
-                f"needs about {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are free"
-            )
-    except ConfigError as error:
-        return replace(layout, skip=str(error))
-    return Case(layout=layout, config=config)
-
-
-def data_parallel(layout: Layout, config: Config) -> int:
-    megatron = config.policy.megatron_cfg
-    stages = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
-    return layout.processes // stages
 
 
 def bytes_needed(shape: Mapping[str, Any], lengths: np.ndarray, processes: int, copies: int) -> int:
@@ -246,63 +203,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def small_model(tied: bool) -> dict[str, Any]:
-    """config.json of the self-test's own Llama; no parallel size divides its vocabulary."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 131,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.12,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "float32",
-    }
-
-
-def small_batch() -> TokenizedSet:
-    """Seven pairs (odd: dp=2 with one pair a micro-batch leaves one empty) with every oddity."""
-    source = random.Random(5)
-
-    def ids(count: int) -> list[int]:
-        return [source.randrange(3, 131) for _ in range(count)]
-
-    # tokens of prompt, chosen, rejected, of these with which both responses begin; weight
-    table = [
-        (5, 9, 4, 0, 1.0),
-        (40, 30, 38, 3, 1.0),
-        (1, 1, 1, 0, 1.0),
-        (7, 12, 12, 6, 0.5),
-        (3, 8, 5, 0, 0.0),
-        (20, 1, 6, 0, 2.0),
-        (4, 11, 7, 7, 1.0),  # the rejected response is the beginning of the chosen one
-    ]
-    pairs = []
-    for row, (num_prompt, num_chosen, num_rejected, common, weight) in enumerate(table):
-        prompt, chosen = ids(num_prompt), ids(num_chosen)
-        rejected = chosen[:common] + ids(num_rejected - common)
-        pairs.append(
-            TokenizedPair(prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, row=row)
-        )
-    return TokenizedSet.from_pairs(pairs)
-
-
 def _token_budget(lengths: np.ndarray) -> int:
     """Tokens of a micro-batch: about a third of the batch, and room for the longest pair."""
     tokens = (2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).tolist()
     return max(max(tokens), sum(tokens) // 3)
+
+
+def _pipeline(num_layers: int, chunks: int) -> tuple[str, ...]:
+    """pp=2 with `chunks` on each rank; a layout text where the layers do not divide evenly."""
+    if num_layers % (2 * chunks):
+        text = even_layout(num_layers, 2 * chunks)
+        return (*_PP2, f"{_MEGATRON}.pipeline_model_parallel_layout={text}")
+    return (*_PP2, f"{_MEGATRON}.virtual_pipeline_model_parallel_size={chunks}")
 
 
 def _lopsided(num_layers: int, stages: int) -> str:
