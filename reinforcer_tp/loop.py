@@ -110,7 +110,8 @@ def micro_batching(
         divisible_by=topology.tp_size if megatron.sequence_parallel else 1,
         equal_rows=topology.pp_size > 1,
         share=config.data.share,
-        cost=pair_cost(shape),
+        # Rows of one length cost the same: there the fewest tokens in the longest one count.
+        cost=None if topology.pp_size > 1 else pair_cost(shape),
         count_multiple=topology.micro_batch_multiple,
     )
 

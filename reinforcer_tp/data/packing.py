@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -75,13 +76,10 @@ def pack(
     shares = [sorted(share, key=lengths.__getitem__, reverse=True) for share in shares]
     packed = [_first_fit(lengths, share, max_tokens, max_pairs) for share in shares]
     count = _round_up(max(1, *map(len, packed)), count_multiple)
-    plan = []
-    for share, bins in zip(shares, packed, strict=True):
-        spread = _deal(lengths, share, count, max_pairs)
-        if _longest_row(lengths, spread) > max_tokens:
-            spread = bins + [[] for _ in range(count - len(bins))]
-        plan.append(_even_out(lengths, share, spread, max_pairs))
-    return plan
+    return [
+        _even_out(lengths, share, bins + [[] for _ in range(count - len(bins))], max_pairs)
+        for share, bins in zip(shares, packed, strict=True)
+    ]
 
 
 def _deal(
@@ -99,11 +97,14 @@ def _deal(
 
 
 def _even_out(lengths: Sequence[int], share: Bin, bins: list[Bin], max_pairs: int) -> list[Bin]:
-    """As many micro-batches as `bins`, the longest row within about 1 % of as short as first-fit
-    decreasing can make it (MULTIFIT: bisection on the room), if not `bins` themselves.
+    """As many micro-batches as `bins`, none longer than the longest of those.
 
-    `share` comes longest first.
+    The share, which comes longest first, dealt one by one or, where that is shorter, in the least
+    room that first-fit decreasing needs (MULTIFIT: bisection, three steps or to within 1 %).
     """
+    bins = min(
+        _deal(lengths, share, len(bins), max_pairs), bins, key=partial(_longest_row, lengths)
+    )
     least = -(-_tokens(lengths, share) // len(bins))
     if share:
         least = max(least, lengths[share[0]])
@@ -117,7 +118,7 @@ def _even_out(lengths: Sequence[int], share: Bin, bins: list[Bin], max_pairs: in
             bins = tighter + [[] for _ in range(len(bins) - len(tighter))]
         else:
             least = room + 1
-    bins = sorted(bins, key=lambda bin_: _tokens(lengths, bin_), reverse=True)
+    bins = sorted(bins, key=partial(_tokens, lengths), reverse=True)
     return [sorted(bin_) for bin_ in bins]
 
 

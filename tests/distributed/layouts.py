@@ -40,6 +40,8 @@ MODELS = {  # name -> (layers, tied)
 FULL = {"activation_checkpointing": True}
 SELECTIVE = {"activation_checkpointing": True, "recompute_granularity": "selective"}
 VIRTUAL = {"virtual_pipeline_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+_groups: dict = {}  # of a spawned rank: (tp, pp) -> the topology whose groups exist
 
 
 def ends(first: int | None, last: int | None) -> dict:
@@ -59,21 +61,16 @@ CASES = {  # name -> (model, tp, pp, keys of policy.megatron_cfg); dp is what is
     "vpp2": ("four", 1, 2, VIRTUAL),
     "vpp2_full": ("four", 1, 2, VIRTUAL | FULL),
     "vpp2_selective": ("four", 1, 2, VIRTUAL | SELECTIVE),
-    "vpp2_sp": ("four", 2, 2, VIRTUAL | {"sequence_parallel": True}),
-    "vpp2_pp4": ("eight", 1, 4, VIRTUAL),
     "first_tied": ("five_tied", 1, 2, ends(3, None)),
-    "first_last_pp4": ("eight", 1, 4, ends(1, 3)),
     "first_vpp2": ("eight", 1, 2, VIRTUAL | ends(2, None)),
     "first_last_vpp2": ("eight", 1, 2, VIRTUAL | ends(6, 2)),
     "layout_tied": ("five_tied", 1, 2, layout("Et|tttt,L")),
     "layout_vpp2_tied": ("five_tied", 1, 2, layout("Et|tt|t|tL")),
     "layout_vpp3": ("eight", 1, 2, layout("E|t|(tt|)*2t|ttL")),
-    "layout_vpp2_sp_full_tied": (
-        "five_tied",
-        2,
-        2,
-        layout("E|tt|t|ttL") | FULL | {"sequence_parallel": True},
-    ),
+    "first_last_pp4": ("eight", 1, 4, ends(1, 3)),
+    "vpp2_pp4": ("eight", 1, 4, VIRTUAL),
+    "vpp2_sp": ("four", 2, 2, VIRTUAL | SP),
+    "layout_vpp2_sp_full_tied": ("five_tied", 2, 2, layout("E|tt|t|ttL") | FULL | SP),
 }
 # Micro-batches by data-parallel size, [dp_rank][micro-batch] -> pairs; some are only padding.
 PLANS = {
@@ -159,16 +156,13 @@ def sequence_logps(model, prompt: list[int], response: list[int]) -> torch.Tenso
 
 
 def run_cases(folders: dict[str, str], cases: dict, export_root: str) -> dict:
-    """In one spawned rank: every case, then a checkpoint's round trip."""
-    from megatron.core import parallel_state
-
-    results = {}
+    """In one spawned rank: a checkpoint's round trip, then every case."""
+    root = Path(export_root)
+    _groups.clear()
+    results = {"round_trip": round_trip(folders["four"], root / "checkpoints")}
     for name, (model_name, tp, pp, keys) in cases.items():
-        results[name] = run_case(
-            config_of(tp, pp, keys), folders[model_name], Path(export_root) / name
-        )
-        parallel_state.destroy_model_parallel()
-    results["round_trip"] = round_trip(folders["four"], Path(export_root) / "checkpoints")
+        config = config_of(tp, pp, keys)
+        results[name] = run_case(config, folders[model_name], root / name)
     return results
 
 
@@ -190,18 +184,20 @@ def build(config, folder: str):
 
 
 def open_topology(config):
+    """Cases of equal sizes share process groups: gloo's threads outlive them and would add up."""
     from megatron.core import parallel_state
 
     from reinforcer_tp.mcore.topology import init_topology
 
-    parallel_state.destroy_model_parallel()
     megatron = config.policy.megatron_cfg
-    return init_topology(
-        megatron.tensor_model_parallel_size,
-        megatron.pipeline_model_parallel_size,
-        megatron.virtual_stages,
-        seed=0,
-    )
+    sizes = (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
+    vpp = megatron.virtual_stages
+    if sizes not in _groups:
+        parallel_state.destroy_model_parallel()
+        _groups.clear()
+        _groups[sizes] = init_topology(*sizes, vpp, seed=0)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)
+    return replace(_groups[sizes], vpp_size=vpp)
 
 
 def make_batches(topology) -> list:

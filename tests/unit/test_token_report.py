@@ -80,9 +80,9 @@ def test_steps_are_summed_and_a_pair_that_fits_only_shared_is_counted():
 
 
 def test_padding_is_counted_in_batches_of_eight():
-    pairs = pair_set(*[(1, 1, 1)] * 8, (10, 5, 1), (1, 1, 1))
+    pairs = pair_set((1, 2, 1), *[(1, 1, 1)] * 7, (10, 5, 1), (1, 1, 1))
     report = token_report(pairs, [list(range(10))], cut(max_tokens=100))
-    assert report["naive_padded"] == 2 * 8 * 2 + 2 * 2 * 15
+    assert report["naive_padded"] == 2 * 8 * 3 + 2 * 2 * 15
 
 
 def test_a_large_set_is_looked_at_in_part():
