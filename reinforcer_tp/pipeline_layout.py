@@ -39,14 +39,17 @@ def check_pipeline(megatron) -> None:
             f"{_PREFIX}.{name}={shown(getattr(megatron, name))} needs "
             f"{_PREFIX}.pipeline_model_parallel_size > 1, got 1; set {_PREFIX}.{name}=null",
         )
-    if layout is None:
-        return
     for name in ends:
         require(
-            getattr(megatron, name) is None,
+            layout is None or getattr(megatron, name) is None,
             f"{_LAYOUT}={shown(layout)} already says how many layers every stage holds, but "
             f"{_PREFIX}.{name}={getattr(megatron, name)} is set too; set one of them to null",
         )
+    if layout is not None:
+        _check_stage_count(layout, pp, virtual)
+
+
+def _check_stage_count(layout: str, pp: int, virtual: int | None) -> None:
     count = len(split_layout(layout))
     require(
         count % pp == 0,

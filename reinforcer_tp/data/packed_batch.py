@@ -27,6 +27,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from reinforcer_tp.data.tokenized import TokenizedPair
 
+# Padding is cut into segments of this many tokens, since attention pays for the square.
+_PADDING_SEGMENT = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
@@ -34,7 +37,7 @@ class PackedBatch:
 
     tokens: Tensor  # (T,) int64, padding is token 0
     position_ids: Tensor  # (T,) int64, of each token in its own sequence
-    cu_seqlens_q: Tensor  # (G + 1,) int32, borders of segments; padding is one of its own
+    cu_seqlens_q: Tensor  # (G + 1,) int32, borders of segments; padding has its own at the end
     cu_seqlens_kv: Tensor  # (G + 1,) int32, borders of their keys
     kv_index: Tensor | None  # (K,) int64, positions of the keys; None = the tokens in their order
     max_seqlen_q: int  # tokens of the longest segment
@@ -99,6 +102,7 @@ def build_packed_batch(
     layout = _Layout.of(pairs, shared)
     num_tokens = int(layout.queries.sum())
     padding = _row_length(num_tokens, row_length, divisible_by) - num_tokens
+    paddings = _cut(padding, _PADDING_SEGMENT)
     own_tokens = (
         pair.prompt + pair.chosen + (pair.prompt + pair.rejected)[count:]
         for pair, count in zip(pairs, shared, strict=True)
@@ -106,13 +110,12 @@ def build_packed_batch(
     tokens = _ints([token for ids in own_tokens for token in ids] + padding * [0])
 
     queries, keys = layout.queries, layout.shared + layout.queries
-    position_ids = np.concatenate((_ragged(queries, layout.shared), np.arange(padding)))
+    position_ids = np.concatenate((_ragged(queries, layout.shared), _ragged(paddings)))
     kv_index = None
     if any(shared):
         places = layout.place(_owners(keys), _ragged(keys))
         kv_index = torch.from_numpy(np.append(places, num_tokens + np.arange(padding)))
-    if padding:
-        queries, keys = np.append(queries, padding), np.append(keys, padding)
+    queries, keys = np.append(queries, paddings), np.append(keys, paddings)
     sequence_id, offset = _owners(layout.responses), _ragged(layout.responses, layout.prompts)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
@@ -256,6 +259,11 @@ def _ints(values: list[int]) -> np.ndarray:
 
 def _borders(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
+
+
+def _cut(length: int, part: int) -> np.ndarray:
+    """5 by 2 -> [2, 2, 1]."""
+    return np.diff(np.append(np.arange(0, length, part), length))
 
 
 def _owners(lengths: np.ndarray) -> np.ndarray:

@@ -152,14 +152,6 @@ def _run(
         f"takes a multiple of {multiple}: add empty ones"
     )
 
-    def prepared():
-        for host_batch in batches:
-            attention_params = stage.model.attention_params(host_batch)
-            own_rows = None  # only the last stage looks at responses
-            if topology.is_last_stage:
-                own_rows = _own_rows(stage, host_batch)
-            yield host_batch.to(topology.device), attention_params, own_rows
-
     def forward_step(iterator, module):
         batch, attention_params, own_rows = next(iterator)
         hidden = module(
@@ -174,7 +166,7 @@ def _run(
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             # A micro-batch is prepared once for all chunks and dropped after the last one.
-            data_iterator=list(tee(prepared(), len(stage.modules))),
+            data_iterator=list(tee(_prepared(stage, batches), len(stage.modules))),
             model=list(stage.modules),
             num_microbatches=len(batches),
             seq_length=row_length,
@@ -182,6 +174,16 @@ def _run(
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )
+
+
+def _prepared(stage: Stage, batches: Sequence[PackedBatch]) -> Iterator[tuple]:
+    """(batch on the device, attention parameters, rows of the responses) of each micro-batch."""
+    for host_batch in batches:
+        attention_params = stage.model.attention_params(host_batch)
+        own_rows = None  # only the last stage looks at responses
+        if stage.topology.is_last_stage:
+            own_rows = _own_rows(stage, host_batch)
+        yield host_batch.to(stage.topology.device), attention_params, own_rows
 
 
 @contextmanager

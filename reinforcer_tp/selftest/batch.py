@@ -1,17 +1,18 @@
 """The global batch of the self-test and the model it goes through: its own, or the user's.
 
-Imports torch only for a configuration of the user's.
+Imports torch and transformers only in functions: `--help` and a wrong key must not wait for them.
 """
+
+from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcer_tp.config import Config, ConfigError, load_config, validate_model
-from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 from reinforcer_tp.selftest.layouts import (
     BASELINE,
     MAX_PROCESSES,
@@ -23,6 +24,9 @@ from reinforcer_tp.selftest.layouts import (
     own_layout,
     tied_layouts,
 )
+
+if TYPE_CHECKING:
+    from reinforcer_tp.data.tokenized import TokenizedSet
 
 # Both terms matter alike, at weights that are not ln 2's.
 _OWN_LOSS = ("dpo.reference_policy_kl_penalty=0.3", "dpo.sft_loss_weight=0.02")
@@ -94,6 +98,7 @@ def of_configuration(path: str, overrides: Sequence[str], max_pairs: int) -> Bat
     """
     own = load_config(path, list(overrides))
     own.validate(own_layout(own).processes)
+    from reinforcer_tp.data.tokenized import TokenizedSet
     from reinforcer_tp.inputs import open_inputs
     from reinforcer_tp.loop import train_rows
 
@@ -183,6 +188,8 @@ def small_model(tied: bool) -> dict[str, Any]:
 
 def small_batch() -> TokenizedSet:
     """Seven pairs (odd: dp=2 with one pair a micro-batch leaves one empty) with every oddity."""
+    from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
+
     source = random.Random(5)
 
     def ids(count: int) -> list[int]:

@@ -5,6 +5,8 @@ ones start at once. The parent's side imports neither. None of them outlives the
 the pipe by which the server lives, and the server's end kills its children.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import gc
@@ -21,11 +23,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcer_tp.config import Config
-from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.selftest.layouts import num_cores
+
+if TYPE_CHECKING:
+    from reinforcer_tp.data.tokenized import TokenizedSet
 
 _LATE_REPORTS_S = 0.5  # after the first failure: the cause may be told after its consequences
 
@@ -75,7 +79,7 @@ class Ranks:
         self._members: list[tuple[BaseProcess, Connection]] = []
         self._num_tasks = 0
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Ranks:
         self._start()
         return self
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from reinforcer_tp.config import ConfigError
 from reinforcer_tp.selftest.__main__ import report, run_cases
-from reinforcer_tp.selftest.batch import fit, own_making
+from reinforcer_tp.selftest.batch import Case, fit, own_making
 from reinforcer_tp.selftest.compare import Measured, compare
-from reinforcer_tp.selftest.layouts import choose
+from reinforcer_tp.selftest.layouts import choose, layouts
 from reinforcer_tp.selftest.processes import RankError, Ranks, Task
 from tests.integration.harness import REPOSITORY, marked_processes, run_environment
 
@@ -108,9 +109,9 @@ def test_a_process_that_hangs_ends_them_all_and_others_start(tmp_path, monkeypat
     batch, [case, _] = small_cases(tmp_path, "tp2")
     task = Task(config=case.config, pairs=batch.pairs, gradients="", is_baseline=True)
     with Ranks(2, tmp_path, f"{WRONG}:hang") as ranks:
-        with pytest.raises(RankError, match=r"no answer from process 0, 1 of 2 within 30 s"):
-            ranks.run(task, world_size=2, timeout_s=30)
-        assert ranks.run(task, world_size=1, timeout_s=60) == [0]
+        with pytest.raises(RankError, match=r"no answer from process 0, 1 of 2 within 10 s"):
+            ranks.run(task, world_size=2, timeout_s=10)
+        assert ranks.run(task, world_size=1, timeout_s=120) == [0]
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
@@ -150,11 +151,14 @@ def wait_until(is_true, seconds: float) -> None:
 
 
 def test_a_configuration_of_the_users(assets, polite_rows, tmp_path):
-    """Five layers, real weights: stages of unequal size, and a layout that four heads refuse."""
+    """Real weights and five layers, which no pipeline divides; the own layout beside the others."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     done = run_selftest(
         *("--config", "configs/dpo.yaml", "--pairs", "5", "--layouts"),
         "share_response_tokens,tp2_sp_share,pp2_vpp2_share,own",
         f"policy.model_name={assets / 'stories260k'}",
+        f"policy.tokenizer.chat_template={template}",
         "data.dataset_name=auto",
         f"data.train_data_path={polite_rows}",
         "policy.train_global_batch_size=8",
@@ -260,3 +264,36 @@ def test_each_bound_holds_on_every_process(what, change, sign, rank):
 def test_what_is_missing_deviates(change):
     assert compare([EXACT], BASELINE).problems() == ()
     assert len(compare([replace(EXACT, **change)], BASELINE).problems()) == 1
+
+
+def test_every_layout_fits_the_models_that_the_selftest_makes(tmp_path):
+    batch = own_making(tmp_path, [])
+    fitted = [fit(layout, batch, 1 << 60) for layout in batch.layouts]
+    assert [case.layout.name for case in fitted] == [layout.name for layout in batch.layouts]
+    assert len({layout.name for layout in batch.layouts}) == len(batch.layouts) > 30
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(tmp_path):
+    batch = own_making(tmp_path, [])
+    one_kv_head = replace(batch, shape=batch.shape | {"num_key_value_heads": 1})
+    tp2 = choose(batch.layouts, "tp2")[-1]
+    with pytest.raises(ConfigError, match="num_key_value_heads=1"):
+        fit(tp2, one_kv_head, 1 << 60)
+    users = replace(one_kv_head, may_refuse=True)
+    assert "does not divide the model's num_key_value_heads=1" in fit(tp2, users, 1 << 60).skip
+    small = fit(tp2, batch, 1 << 28).skip
+    assert re.fullmatch(r"needs about 1\.\d GiB, 0\.2 GiB are free", small), small
+    many = replace(tp2, name="own", processes=16)
+    assert fit(many, users, 1 << 60).skip == "16 processes; at most 8 are started"
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 5, 30])
+def test_a_pipeline_fits_a_model_of_any_depth(num_layers, tmp_path):
+    """A user's model of any depth: pp=2 always, two chunks on each rank from four layers on."""
+    batch = own_making(tmp_path, [])
+    shape = batch.shape | {"num_hidden_layers": num_layers}
+    batch = replace(batch, shape=shape, may_refuse=True)
+    fitted = [fit(layout, batch, 1 << 60) for layout in layouts(num_layers, batch.pairs.lengths())]
+    names = {case.layout.name for case in fitted if isinstance(case, Case)}
+    assert {"pairs1", "share_response", "tp2_sp", "pp2", "pp2_uneven", "dp2_empty"} <= names
+    assert ("pp2_vpp2" in names) or num_layers < 4

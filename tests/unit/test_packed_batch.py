@@ -213,6 +213,13 @@ def test_a_row_length_is_reached_exactly():
     assert build_packed_batch(pairs, row_length=6).cu_seqlens_q.tolist() == [0, 3, 6]
 
 
+def test_long_padding_is_many_short_segments():
+    batch = build_packed_batch([Pair([1, 2], [3], [4])], row_length=140)
+    assert batch.cu_seqlens_q.tolist() == [0, 3, 6, 70, 134, 140]
+    assert batch.position_ids[6:].tolist() == [*range(64), *range(64), *range(6)]
+    assert (batch.max_seqlen_q, batch.max_seqlen_kv) == (64, 64)
+
+
 def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = build_packed_batch([Pair([1], [2], [3], row=5)], reference_logps=[torch.zeros(2)])
     moved = batch.to("meta")
