@@ -5,8 +5,8 @@
 Random Llamas; lengths and packing are those of the data (default: the embedded pairs), token ids
 are random. Both ways take turns on one model, and nothing is timed before their loss and gradient
 norm agree. The step is everything between two optimizer steps: packing, forward, backward, clipping
-and AdamW (at lr 0). Rows are appended to benchmarks/results. Exit code: 0, 1 numbers differ, 3 the
-bar was missed: the speed-up is at least 85 % of the ratio of tokens.
+and AdamW (at lr 0). Rows are appended to benchmarks/results/shared_prompts. Exit code: 0, 1 numbers
+differ, 3 the bar was missed: the speed-up is at least 85 % of the ratio of tokens.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "shared_prompts", help="where rows are appended"
+    )
     args = parser.parse_args(argv)
     if (args.data is None) != (args.tokenizer is None):
         parser.error("--data and --tokenizer belong together")

@@ -229,9 +229,7 @@ def _cut(
     run: Run, pair_set: PairSet, rows: Sequence[int], *, is_validation: bool = False
 ) -> MicroBatches:
     stage = run.stage
-    cut = micro_batching(
-        run.config, stage.model.shape, stage.topology, is_validation=is_validation
-    )
+    cut = micro_batching(run.config, stage.model.shape, stage.topology, is_validation=is_validation)
     reference = pair_set.reference if stage.topology.is_last_stage else None
     return micro_batches(pair_set.pairs, rows, cut, reference)
 

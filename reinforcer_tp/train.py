@@ -105,7 +105,8 @@ def check(config: Config) -> int:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     print(to_yaml(config), end="")
     print(f"# model shape from {source}")
-    print(f"# {world_size} processes: tp={tp} pp={pp} dp={world_size // (tp * pp)}")
+    vpp = f" vpp={megatron.virtual_stages}" if megatron.virtual_stages > 1 else ""
+    print(f"# {world_size} processes: tp={tp} pp={pp}{vpp} dp={world_size // (tp * pp)}")
     print("# configuration is valid; nothing was trained")
     return 0
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reinforcer_tp.data.packed_batch import move
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
@@ -23,8 +25,8 @@ class Gather:
     def to(self, device: torch.device | str) -> Gather:
         """On `device`; copies to a GPU go through pinned memory and do not wait."""
         device = torch.device(device)
-        copies = tuple((_move(rows, device), _move(slots, device)) for rows, slots in self.copies)
-        return Gather(index=_move(self.index, device), copies=copies)
+        copies = tuple((move(rows, device), move(slots, device)) for rows, slots in self.copies)
+        return Gather(index=move(self.index, device), copies=copies)
 
 
 def gather_plan(index: Tensor, is_real: Tensor | None = None) -> Gather:
@@ -75,9 +77,3 @@ class _GatherRows(torch.autograd.Function):
             both = total.index_select(0, rows) + grad.index_select(0, slots)
             total.index_copy_(0, rows, both)
         return total, None
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
