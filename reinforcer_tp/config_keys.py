@@ -52,6 +52,13 @@ HINTS = {
     "policy.scheduler": "did you mean policy.megatron_cfg.scheduler?",
     "policy.megatron_cfg.peft": "LoRA is not built yet; only enabled=false is accepted",
     "policy.megatron_cfg.fp8_cfg": "FP8 is not built yet; only enabled=false is accepted",
+    **dict.fromkeys(
+        (
+            "policy.megatron_cfg.account_for_embedding_in_pipeline_split",
+            "policy.megatron_cfg.account_for_loss_in_pipeline_split",
+        ),
+        "write the stages in policy.megatron_cfg.pipeline_model_parallel_layout",
+    ),
     "data.train": "did you mean data.train_data_path?",
     "data.validation": "did you mean data.val_data_path?",
     "checkpointing.checkpoint_must_save_by": "saving before a deadline is not built yet",

@@ -11,7 +11,9 @@ import numpy as np
 class Bounds:
     """How far a layout may be from the baseline: float32 sums in another order differ by less."""
 
-    logps: float = 2e-5  # of any response token, absolute
+    # Of any response token, absolute; below -10 relative to a tenth of it, since float32 resolves
+    # large logits no finer.
+    logps: float = 2e-5
     loss: float = 1e-5  # relative
     grad_norm: float = 1e-5  # relative
     gradient: float = 1e-4  # of each parameter: norm of the difference / norm of the gradient
@@ -94,8 +96,8 @@ def _of_logps(logps: Mapping[int, np.ndarray], expected: Mapping[int, np.ndarray
     if logps.keys() != expected.keys():
         return math.inf
     return _largest(
-        float(np.abs(values.astype(np.float64) - expected[pair]).max())
-        for pair, values in logps.items()
+        float((abs(values - wanted) / np.maximum(abs(wanted) / 10, 1)).max())
+        for values, wanted in ((logps[pair], expected[pair].astype(np.float64)) for pair in logps)
     )
 
 

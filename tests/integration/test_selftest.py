@@ -205,7 +205,7 @@ def test_configuration_errors_are_one_line(arguments, says):
 BASELINE = Measured(
     loss=2.0,
     grad_norm=10.0,
-    logps={0: np.array([-1.0, -2.0], np.float32), 1: np.array([-3.0], np.float32)},
+    logps={0: np.array([-1.0, -2.0], np.float32), 1: np.array([-50.0], np.float32)},
     gradients={"a": 10.0, "b": 1e-3, "negligible": 1e-6},
     num_micro_batches=1,
     num_empty=0,
@@ -233,9 +233,9 @@ def shifted(pair: int, by: float) -> dict[int, np.ndarray]:
             lambda x: {"gradients": EXACT.gradients | {"negligible": abs(x) * 1e-6}},
         ),
         ("log-prob of a token", lambda x: {"logps": shifted(0, x * 2e-5)}),
-        ("log-prob of a token", lambda x: {"logps": shifted(1, x * 2e-5)}),
+        ("log-prob of a token", lambda x: {"logps": shifted(1, x * 2e-5 * 5)}),
     ],
-    ids=["loss", "norm", "large", "small", "negligible", "logp0", "logp1"],
+    ids=["loss", "norm", "large", "small", "negligible", "logp", "large-logp"],
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_bound_holds_on_every_process(what, change, sign, rank):
@@ -287,9 +287,9 @@ def test_what_cannot_run_is_skipped_with_the_reason(tmp_path):
     assert fit(many, users, 1 << 60).skip == "16 processes; at most 8 are started"
 
 
-@pytest.mark.parametrize("num_layers", [2, 3, 5, 30])
+@pytest.mark.parametrize("num_layers", [3, 5, 30])
 def test_a_pipeline_fits_a_model_of_any_depth(num_layers, tmp_path):
-    """A user's model of any depth: pp=2 always, two chunks on each rank from four layers on."""
+    """A user's model of any depth: pp=2, and two chunks on each rank from four layers on."""
     batch = own_making(tmp_path, [])
     shape = batch.shape | {"num_hidden_layers": num_layers}
     batch = replace(batch, shape=shape, may_refuse=True)
