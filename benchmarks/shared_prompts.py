@@ -28,7 +28,7 @@ from reinforcer_tp.data.prepare import prepare_data
 from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import ensure_embedded
-from reinforcer_tp.loop import _local_sums, loss_function, micro_batching
+from reinforcer_tp.loop import local_sums, loss_function, micro_batching
 from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
 from reinforcer_tp.mcore.schedule import forward_backward, open_stage
@@ -145,7 +145,7 @@ def run_case(case: Case, lengths: np.ndarray, topology, args: argparse.Namespace
         )
         zero_grad(training)
         reports = forward_backward(stage, part.batches, loss_function(config))
-        return _local_sums(reports)["loss"], optimizer_step(training)[1]
+        return local_sums(reports)["loss"], optimizer_step(training)[1]
 
     found, expected = step("prompt"), step("nothing")  # the warm-up as well
     differences = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]

@@ -36,7 +36,7 @@ from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 
-_SUMS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
+SUMS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
 
 
 class NonFiniteError(RuntimeError):
@@ -181,7 +181,7 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     zero_grad(run.training)
     lr = current_lr(run.training)
     reports = forward_backward(stage, part.batches, loss_function(config))
-    sums = reduce_metrics(_local_sums(reports), _SUMS, stage.topology)
+    sums = reduce_metrics(local_sums(reports), SUMS, stage.topology)
     if not np.isfinite(sums["loss"]):
         raise NonFiniteError(_blame(step, "loss", reports, part.batches, stage))
     was_updated, grad_norm = optimizer_step(run.training)
@@ -208,15 +208,15 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
     """Means over the validation pairs, logged under validation/."""
     begin = time.perf_counter()
     assert run.validation_set is not None
-    totals = dict.fromkeys(_SUMS, 0.0)
+    totals = dict.fromkeys(SUMS, 0.0)
     for rows in validation_batches(run.config, len(run.validation_set.pairs)):
         part = _cut(run, run.validation_set, rows, is_validation=True)
         reports = forward_backward(
             run.stage, part.batches, loss_function(run.config), forward_only=True
         )
-        for name, value in _local_sums(reports).items():
+        for name, value in local_sums(reports).items():
             totals[name] += value
-    sums = reduce_metrics(totals, _SUMS, run.stage.topology)
+    sums = reduce_metrics(totals, SUMS, run.stage.topology)
     metrics = {f"validation/{name}": value for name, value in _means(sums).items()}
     metrics["perf/validation_s"] = time.perf_counter() - begin
     run.progress.message(validation_line(step, metrics))
@@ -234,12 +234,12 @@ def _cut(
     return micro_batches(pair_set.pairs, rows, cut, reference)
 
 
-def _local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+def local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """Sums over this rank's micro-batches; one wait for the device. {} before the last stage."""
     if not reports:
         return {}
-    table = torch.stack([torch.stack([r[name] for name in _SUMS]) for r in reports])
-    return dict(zip(_SUMS, table.sum(0).tolist(), strict=True))
+    table = torch.stack([torch.stack([r[name] for name in SUMS]) for r in reports])
+    return dict(zip(SUMS, table.sum(0).tolist(), strict=True))
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

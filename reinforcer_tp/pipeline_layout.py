@@ -128,9 +128,15 @@ def _layout_layers(layout: str, num_layers: int, count: int) -> list[int]:
     require(
         sum(layers) == num_layers,
         f"{_LAYOUT}={shown(layout)} has {sum(layers)} layers (t), but the model has {num_layers}; "
-        f"for example {even_layout(num_layers, count)}",
+        f"{_example(num_layers, count)}",
     )
     return layers
+
+
+def _example(num_layers: int, count: int) -> str:
+    if count > num_layers:
+        return f"use at most {num_layers} stages"
+    return f"for example {even_layout(num_layers, count)}"
 
 
 def _rank_layers(megatron, num_layers: int) -> list[int]:

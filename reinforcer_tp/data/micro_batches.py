@@ -46,16 +46,15 @@ def micro_batches(
     """
     shared = pairs.shared_lengths(rows, cut.share)
     plan, row_lengths = plan_rows(pairs.lengths()[rows], shared, cut)
-    longest = max(max(rank) for rank in row_lengths)
     batches = []
-    for positions in plan[cut.dp_rank]:
+    for positions, row_length in zip(plan[cut.dp_rank], row_lengths[cut.dp_rank], strict=True):
         members = [rows[i] for i in positions]
         batches.append(
             build_packed_batch(
                 [pairs[i] for i in members],
                 shared=shared[positions].tolist(),
                 reference_logps=None if reference is None else [reference[i] for i in members],
-                row_length=longest if cut.equal_rows else None,
+                row_length=row_length,
                 divisible_by=cut.divisible_by,
             )
         )
@@ -95,17 +94,21 @@ def check_pairs_fit(pairs: TokenizedSet, max_tokens: int | None, share: str) -> 
     """Raises ValueError, before anything is built, when a pair is longer than a row may be."""
     if max_tokens is None:
         return
-    lengths = packed_lengths(pairs.lengths(), pairs.shared_lengths(range(len(pairs)), share))
-    longest = int(np.argmax(lengths))
-    if lengths[longest] > max_tokens:
-        layout = "both sides with their prompt"
-        if share != "nothing":
-            layout = "the prompt and both responses"
-        raise ValueError(
-            f"the pair of row {pairs[longest].row} takes {lengths[longest]} tokens, {layout}, "
-            f"more than policy.micro_batch_tokens={max_tokens}; raise that to {lengths[longest]} "
-            "or more, or lower policy.max_total_sequence_length"
-        )
+    # Sharing only shortens: what fits without it need not be looked at token by token.
+    in_full = packed_lengths(pairs.lengths(), np.zeros(len(pairs), np.int64))
+    over = np.flatnonzero(in_full > max_tokens)
+    lengths = packed_lengths(pairs.lengths()[over], pairs.shared_lengths(over, share))
+    if lengths.max(initial=0) <= max_tokens:
+        return
+    longest, row = int(lengths.max()), pairs[int(over[lengths.argmax()])].row
+    layout, fix = "the prompt and both responses", ""
+    if share == "nothing":
+        layout, fix = "both sides with their prompt", ", set data.share_prompts=true"
+    raise ValueError(
+        f"the pair of row {row} takes {longest} tokens, {layout}, more than "
+        f"policy.micro_batch_tokens={max_tokens}; raise that to {longest} or more{fix}, or lower "
+        "policy.max_total_sequence_length"
+    )
 
 
 def check_token_ids(pairs: TokenizedSet, vocab_size: int) -> None:

@@ -17,6 +17,8 @@ from functools import partial
 
 import numpy as np
 
+from reinforcer_tp.data.packed_batch import packed_lengths
+
 Bin = list[int]  # positions in the global batch
 
 
@@ -40,7 +42,7 @@ def pair_costs(
     first s tokens.
     """
     prompt, chosen, rejected = lengths.astype(np.float64).T
-    tokens = 2 * prompt + chosen + rejected - shared
+    tokens = packed_lengths(lengths, shared)
     visible_keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - shared**2) / 2
     flops = cost.token * tokens + cost.response_token * (chosen + rejected)
     return (flops + cost.visible_key * visible_keys).tolist()

@@ -8,13 +8,13 @@ names, the same stretch at their end: what stands before it is shared with an ea
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from reinforcer_tp.data.packed_batch import PackedBatch, move
 from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
 from reinforcer_tp.mcore.grouped_attention import grouped_attention
 from reinforcer_tp.mcore.segments import GroupedSegments, group_segments
@@ -36,7 +36,7 @@ class PackedAttentionParams(PackedSeqParams):
 
 
 def packed_attention_params(
-    batch: Any,  # a PackedBatch on the host
+    batch: PackedBatch,  # on the host
     *,
     inverse_frequencies: Tensor,  # (E/2,) float32; its device is where attention runs
     rope_factor: float,
@@ -46,7 +46,7 @@ def packed_attention_params(
 ) -> PackedAttentionParams:
     """Rope tables and segments of one micro-batch, on the model's device."""
     device = inverse_frequencies.device
-    position_ids = batch.position_ids.to(device, torch.float32, non_blocking=True)
+    position_ids = move(batch.position_ids.float(), device)
     angles = position_ids[:, None] * inverse_frequencies
     angles = torch.cat((angles, angles), dim=-1)  # (T, E)
     keys = segments = None
@@ -64,8 +64,8 @@ def packed_attention_params(
     return PackedAttentionParams(
         cos=angles.cos() * rope_factor,
         sin=angles.sin() * rope_factor,
-        cu_seqlens_q=batch.cu_seqlens_q.to(device, non_blocking=True),
-        cu_seqlens_kv=batch.cu_seqlens_kv.to(device, non_blocking=True),
+        cu_seqlens_q=move(batch.cu_seqlens_q, device),
+        cu_seqlens_kv=move(batch.cu_seqlens_kv, device),
         max_seqlen_q=batch.max_seqlen_q,
         max_seqlen_kv=batch.max_seqlen_kv,
         keys=keys,

@@ -68,7 +68,7 @@ def _key_sizes(groups: tuple[SegmentGroup, ...], kv_heads: int) -> list[int]:
 
 
 def _long_attention(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, scale: float) -> Tensor:
-    """SDPA, which never holds P. q (S H L, E), k and v (S G M, E) -> as q."""
+    """SDPA, which on a CPU never holds P. q (S H L, E), k and v (S G M, E) -> as q."""
     queries = q.view(group.num_segments, -1, group.num_queries, q.shape[-1])
     keys, values = (x.view(group.num_segments, -1, group.num_keys, x.shape[-1]) for x in (k, v))
     out = F.scaled_dot_product_attention(

@@ -8,11 +8,11 @@ summed over data-parallel ranks. So unequal and empty micro-batches are exact.
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
 from typing import Any
 
 import torch
@@ -165,8 +165,7 @@ def _run(
     with _mode(stage, forward_only=forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            # A micro-batch is prepared once for all chunks and dropped after the last one.
-            data_iterator=list(tee(_prepared(stage, batches), len(stage.modules))),
+            data_iterator=_fan_out(_prepared(stage, batches), len(stage.modules)),
             model=list(stage.modules),
             num_microbatches=len(batches),
             seq_length=row_length,
@@ -184,6 +183,28 @@ def _prepared(stage: Stage, batches: Sequence[PackedBatch]) -> Iterator[tuple]:
         if stage.topology.is_last_stage:
             own_rows = _own_rows(stage, host_batch)
         yield host_batch.to(stage.topology.device), attention_params, own_rows
+
+
+def _fan_out(items: Iterator, count: int) -> list[Iterator]:
+    """`count` iterators over `items`, each item made once and held until the last one took it.
+
+    (itertools.tee frees items in blocks of 57: as many micro-batches would stay in memory.)
+    """
+    queues: list[deque] = [deque() for _ in range(count)]
+
+    def read(queue: deque) -> Iterator:
+        while True:
+            if not queue:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+                for each in queues:
+                    each.append(item)
+                del item
+            yield queue.popleft()
+
+    return [read(queue) for queue in queues]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reinforcer_tp.data.packed_batch import move
 from reinforcer_tp.mcore.gather import Gather, gather_plan
 
 # Segments join a group while at least this share of its (query, key) pairs is not padding
@@ -124,7 +125,8 @@ def _group(
     if is_short or bool(shared.any()):
         last_seen = torch.arange(longest_q) + shared[:, None]  # (S or 1, L)
         hidden = torch.arange(longest_kv) > last_seen[..., None]
-        bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None].to(device)
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None]
+        bias = move(bias, torch.device(device))
     return SegmentGroup(
         num_segments=len(num_q), num_queries=longest_q, num_keys=longest_kv, bias=bias
     )

@@ -199,6 +199,8 @@ def report(
         f"{BOUNDS.gradient:.0e}"
     )
     all_agree = not failed and len(rows) == num_cases
+    if any(layout.name == "own" for layout in skipped):
+        console.print("the configuration's own layout was NOT run")
     verdict = "all agree" if all_agree else "NOT all agree"
     console.print(
         f"{verdict}: {num_agree} layouts within the bounds ({bounds}), {len(failed)} beyond, "

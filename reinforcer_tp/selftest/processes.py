@@ -1,8 +1,8 @@
 """Processes of the self-test: started once, each layout runs in the first few of them.
 
 They are forks of a server that has imported torch and Megatron, so that this is paid once and new
-ones start at once. The parent's side imports neither. None of them outlives the parent: it holds
-the pipe by which the server lives, and the server's end kills its children.
+ones start at once. None of them outlives the parent: it holds the pipe by which the server lives,
+and the server's end kills its children.
 """
 
 from __future__ import annotations

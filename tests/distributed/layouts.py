@@ -70,6 +70,7 @@ CASES = {  # name -> (model, tp, pp, keys of policy.megatron_cfg); dp is what is
     "first_last_pp4": ("eight", 1, 4, ends(1, 3)),
     "vpp2_pp4": ("eight", 1, 4, VIRTUAL),
     "vpp2_sp": ("four", 2, 2, VIRTUAL | SP),
+    "layout_bare_loss_tied": ("five_tied", 1, 2, layout("Ettt|t|t|L") | FULL),
     "layout_vpp2_sp_full_tied": ("five_tied", 2, 2, layout("E|tt|t|ttL") | FULL | SP),
 }
 # Micro-batches by data-parallel size, [dp_rank][micro-batch] -> pairs; some are only padding.
@@ -213,7 +214,7 @@ def make_batches(topology) -> list:
 
 
 def run_case(config, folder: str, export: Path) -> dict:
-    from reinforcer_tp.loop import _SUMS, loss_function
+    from reinforcer_tp.loop import SUMS, loss_function
     from reinforcer_tp.mcore.optim import optimizer_step, zero_grad
     from reinforcer_tp.mcore.schedule import forward_backward, forward_logps, reduce_metrics
     from reinforcer_tp.mcore.weights import export_hf, full_tensors
@@ -228,8 +229,8 @@ def run_case(config, folder: str, export: Path) -> dict:
     stage = replace(stage, modules=training.ddp)
     zero_grad(training)
     reports = forward_backward(stage, batches, loss_function(config))
-    local = {n: sum(float(r[n]) for r in reports) for n in _SUMS}
-    sums = reduce_metrics(local, _SUMS, topology)
+    local = {n: sum(float(r[n]) for r in reports) for n in SUMS}
+    sums = reduce_metrics(local, SUMS, topology)
     grads = whole(full_tensors(model, topology, of=lambda p: p.main_grad))
     _, norm = optimizer_step(training)
     head = model.head.output_layer.weight if topology.is_last_stage else None

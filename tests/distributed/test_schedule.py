@@ -1,5 +1,6 @@
 """The contract with Megatron's schedule, random weights in every layout, and the optimizer step."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -46,7 +47,7 @@ def gradients(
     sequence_parallel: bool = False,
 ) -> list:
     """Gradients, metric sums and one step's norm for each plan [dp_rank][micro_batch][pair]."""
-    from reinforcer_tp.loop import _SUMS, loss_function
+    from reinforcer_tp.loop import SUMS, loss_function
     from reinforcer_tp.mcore.model import build_model
     from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
     from reinforcer_tp.mcore.schedule import Stage, forward_backward, reduce_metrics
@@ -87,8 +88,8 @@ def gradients(
         stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
         zero_grad(training)
         reports = forward_backward(stage, batches, loss_function(config))
-        local = {n: sum(float(r[n]) for r in reports) for n in _SUMS}
-        sums = reduce_metrics(local, _SUMS, topology)
+        local = {n: sum(float(r[n]) for r in reports) for n in SUMS}
+        sums = reduce_metrics(local, SUMS, topology)
         whole = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
         grads = {n: g.clone() for n, g in whole.items() if g is not None}
         updated, norm = optimizer_step(training)
@@ -104,6 +105,35 @@ def gradients(
 
 def merged(ranks: list, index: int) -> dict[str, torch.Tensor]:
     return {n: g for rank in ranks for n, g in rank[index]["grads"].items()}
+
+
+def test_a_micro_batch_leaves_memory_with_its_last_chunk():
+    """Two chunks, the second one a few micro-batches behind, as in an interleaved pipeline."""
+    from reinforcer_tp.mcore.schedule import _fan_out
+
+    class Batch:
+        pass
+
+    made: list[weakref.ref] = []
+
+    def batches():
+        for _ in range(100):
+            batch = Batch()
+            made.append(weakref.ref(batch))
+            yield batch
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in made)
+
+    first, second = _fan_out(batches(), 2)
+    for _ in range(3):
+        next(first)
+    for _ in range(97):
+        assert next(first) is made[-1]()
+        assert next(second) is made[-4]()
+        # Three that the second has not taken, and one in the hands of its maker.
+        assert alive() <= 5
+    assert len(list(second)) == 3 and list(first) == [] and len(made) == 100
 
 
 ALL_AT_ONCE = [[[0, 1, 2, 3]]]
@@ -213,7 +243,7 @@ def weights_after_steps(overlaps: bool, tied: bool) -> dict:
     """dp=2, every parameter a bucket of its own: three steps, a validation after each, the end."""
     from functools import partial
 
-    from reinforcer_tp.loop import _SUMS, loss_function
+    from reinforcer_tp.loop import SUMS, loss_function
     from reinforcer_tp.mcore import optim
     from reinforcer_tp.mcore.model import build_model
     from reinforcer_tp.mcore.schedule import Stage, forward_backward, reduce_metrics
@@ -251,8 +281,8 @@ def weights_after_steps(overlaps: bool, tied: bool) -> dict:
         optim.optimizer_step(training)
         optim.gather_weights(training)
         [report] = forward_backward(stage, batches, loss_function(config), forward_only=True)
-        local = {n: float(report[n]) for n in _SUMS}
-        losses.append(reduce_metrics(local, _SUMS, topology)["loss"])
+        local = {n: float(report[n]) for n in SUMS}
+        losses.append(reduce_metrics(local, SUMS, topology)["loss"])
     weights = {n: w.clone() for n, w in full_tensors(model, topology)}
     return {"losses": losses, "weights": weights}
 

@@ -119,7 +119,7 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
     from dataclasses import replace
 
     from reinforcer_tp.data.micro_batches import micro_batches
-    from reinforcer_tp.loop import _SUMS, _local_sums, loss_function, micro_batching
+    from reinforcer_tp.loop import SUMS, local_sums, loss_function, micro_batching
     from reinforcer_tp.mcore.model import build_model
     from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
     from reinforcer_tp.mcore.schedule import (
@@ -154,7 +154,7 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
             stage = replace(stage, modules=training.ddp)
             zero_grad(training)
             reports = forward_backward(stage, part.batches, loss_function(config))
-            sums = reduce_metrics(_local_sums(reports), _SUMS, topology)
+            sums = reduce_metrics(local_sums(reports), SUMS, topology)
             grads = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
             grads = {n: g.clone() for n, g in grads.items() if g is not None}
             _, norm = optimizer_step(training)

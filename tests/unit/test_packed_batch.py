@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforcer_tp.data.micro_batches import check_token_ids
+from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
 from reinforcer_tp.data.packed_batch import build_packed_batch, packed_lengths, response_rows
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
@@ -271,6 +271,24 @@ def test_ids_beyond_the_vocabulary_are_found_before_a_run(pair, bad):
     for pairs in ([first, pair], [pair, first], [first, pair, last]):
         with pytest.raises(ValueError, match=f"row 4 holds token id {bad}, .* ids 0 to 9;"):
             check_token_ids(TokenizedSet.from_pairs(pairs), 10)
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "fix"),
+    [
+        ("nothing", 12, "12 or more, set data.share_prompts=true, or"),
+        ("prompt", 9, "9 or more, or"),
+    ],
+)
+def test_a_pair_that_fits_no_row_is_named_before_a_run(share, most, fix):
+    short = TokenizedPair(prompt=[1], chosen=[2], rejected=[3], row=4)
+    long = TokenizedPair(prompt=[1, 2, 3], chosen=[2, 3], rejected=[2, 3, 4, 5], row=8)
+    pairs = TokenizedSet.from_pairs([short, long, short])
+    check_pairs_fit(pairs, most, share)
+    check_pairs_fit(pairs, None, share)
+    check_pairs_fit(pairs, 7, "response")  # both responses begin with the same two tokens
+    with pytest.raises(ValueError, match=f"row 8 takes {most} tokens.*={most - 1}; .*{fix}"):
+        check_pairs_fit(pairs, most - 1, share)
 
 
 def test_packed_lengths_count_shared_tokens_once():
