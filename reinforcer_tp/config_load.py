@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from reinforcer_tp.config_check import ConfigError, require, shown
@@ -62,13 +62,9 @@ def load(schema: type, path: str | None, overrides: list[str]) -> object:
     """
     sources = [] if path is None else [(str(path), read_yaml(path))]
     sources += [("the command line", parse_override(schema, text)) for text in overrides]
-    merged = OmegaConf.structured(schema)
     for origin, tree in sources:
         check_tree(schema, schema, tree, "", origin)
-        try:
-            merged = OmegaConf.merge(merged, tree)
-        except OmegaConfBaseException as error:
-            raise _explain(error, schema, tree, origin) from None
+    merged = _merge(schema, sources)
     try:
         return OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -76,6 +72,19 @@ def load(schema: type, path: str | None, overrides: list[str]) -> object:
         raise ConfigError(f"{key} is not set; give it in the YAML or as {key}=...") from None
     except OmegaConfBaseException as error:
         raise _explain(error, schema, {}, "the merged configuration") from None
+
+
+def _merge(schema: type, sources: list[tuple[str, dict]]) -> DictConfig:
+    try:  # all at once: each merge copies the whole tree
+        return OmegaConf.merge(OmegaConf.structured(schema), *(tree for _, tree in sources))
+    except OmegaConfBaseException as error:
+        merged, first = OmegaConf.structured(schema), error
+    for origin, tree in sources:  # which one it was
+        try:
+            merged = OmegaConf.merge(merged, tree)
+        except OmegaConfBaseException as error:
+            raise _explain(error, schema, tree, origin) from None
+    raise first
 
 
 def _explain(error: OmegaConfBaseException, schema: type, tree: dict, origin: str) -> ConfigError:
