@@ -26,6 +26,7 @@ TP2 = "policy.megatron_cfg.tensor_model_parallel_size=2"
 SEQUENCE_PARALLEL = "policy.megatron_cfg.sequence_parallel=true"
 PP2 = "policy.megatron_cfg.pipeline_model_parallel_size=2"
 FIRST_STAGE = "policy.megatron_cfg.num_layers_in_first_pipeline_stage=3"
+FOUR_STAGES = "policy.megatron_cfg.pipeline_model_parallel_layout=Et|tt|t|tL"
 RECOMPUTE = "policy.megatron_cfg.activation_checkpointing=true"
 ONE_PAIR = "policy.train_micro_batch_size=1"
 
@@ -39,13 +40,13 @@ class Layout:
 
 
 LAYOUTS = {
-    "tp1-one-pair": Layout(1, (ONE_PAIR,)),
-    "tp1-whole-batch": Layout(1, ()),
+    "tp1-in-full": Layout(1, ("data.share_prompts=false",)),
     "tp2-token-budget": Layout(2, (TP2, "policy.micro_batch_tokens=700")),
     "tp2-sequence-parallel": Layout(2, (TP2, SEQUENCE_PARALLEL, "policy.train_micro_batch_size=3")),
-    "pp2-two-pairs": Layout(2, (PP2, FIRST_STAGE, "policy.train_micro_batch_size=2")),
+    "pp2-vpp2-common-starts": Layout(
+        2, (PP2, FOUR_STAGES, "policy.train_micro_batch_size=2", "data.share_prefix=response")
+    ),
     "pp2-recompute": Layout(2, (PP2, FIRST_STAGE, RECOMPUTE, ONE_PAIR)),
-    "dp2-whole-batch": Layout(2, ()),
     "dp2-token-budget": Layout(2, ("policy.micro_batch_tokens=600",)),
     "dp2-plain-optimizer": Layout(
         2, (ONE_PAIR, "policy.megatron_cfg.optimizer.use_distributed_optimizer=false")
@@ -88,15 +89,13 @@ VARIANTS = {
 }
 
 CASES = [
-    ("stories", "plain", "tp1-one-pair"),
-    ("stories", "plain", "tp1-whole-batch"),
+    ("stories", "plain", "tp1-in-full"),
     ("stories", "plain", "tp2-token-budget"),
     ("stories", "plain", "tp2-sequence-parallel"),
     ("stories", "plain", "pp2-recompute"),
-    ("stories", "plain", "dp2-whole-batch"),
     ("stories", "averaged-with-sft", "dp2-token-budget"),
     ("random", "sft-summed", "tp2-sequence-parallel"),
-    ("random", "averaged-with-sft", "pp2-two-pairs"),
+    ("random", "averaged-with-sft", "pp2-vpp2-common-starts"),
     ("random", "plain", "tp2-pp2-sequence-parallel"),
     ("random", "schedule-no-clipping", "dp2-tp2-sequence-parallel"),
     ("random-weighted", "sft-summed", "dp2-plain-optimizer"),
