@@ -89,14 +89,14 @@ def split_layout(text: str) -> list[str]:
         re.fullmatch(r"[EtL|]*", letters) is not None,
         f"{what} cannot be read; repeats are written t*3 or (tt|)*3, not nested; {expected}",
     )
-    for letter, name, is_placed in (
-        ("E", "the embedding, first", letters.startswith("E")),
-        ("L", "the loss, last", letters.endswith("L")),
+    for letter, name, place, is_placed in (
+        ("E", "the embedding", "beginning", letters.startswith("E")),
+        ("L", "the loss", "end", letters.endswith("L")),
     ):
         require(
             letters.count(letter) == 1 and is_placed,
-            f"{what} must have {letter} ({name}) once, got {letters.count(letter)} of them"
-            f"{'' if is_placed else ' and not in that place'}; {expected}",
+            f"{what} must have {letter} ({name}) once, at the {place}, got {letters.count(letter)}"
+            f"{'' if is_placed else f', not at the {place}'}; {expected}",
         )
     stages = letters.split("|")
     require(all(stages), f"{what} has a stage with nothing in it; {expected}")
@@ -148,11 +148,19 @@ def _rank_layers(megatron, num_layers: int) -> list[int]:
     fits = rest == 0 if ranks == 0 else rest >= ranks and rest % ranks == 0
     require(
         fits,
-        f"{_PREFIX}.{_given(megatron)}: the model's {num_layers} layers leave {rest} for "
-        f"{ranks} other stages; {_rank_fix(megatron, num_layers)}",
+        f"{_PREFIX}.{_given(megatron)}: {_mismatch(num_layers, ends, rest, ranks)}; "
+        f"{_rank_fix(megatron, num_layers)}",
     )
     each = [rest // ranks] * ranks if ranks else []
     return [*([] if first is None else [first]), *each, *([] if last is None else [last])]
+
+
+def _mismatch(num_layers: int, ends: list[int], rest: int, ranks: int) -> str:
+    if not ends:
+        return f"the model's {num_layers} layers do not divide over {ranks} stages"
+    if ranks == 0:
+        return f"the two stages hold {sum(ends)} layers, but the model has {num_layers}"
+    return f"the model's {num_layers} layers leave {rest} for {ranks} other stages"
 
 
 def _given(megatron) -> str:

@@ -2,8 +2,8 @@
 
 Megatron-core 0.16 names the device "cuda" in a few places (`torch.zeros(..., device="cuda")`,
 `torch.cuda.current_device()`, `tensor.type() == "torch.cuda.FloatTensor"`). There is no setting for
-it, so this module is the one place that assigns into `torch.cuda` and `megatron.*`. Nothing here
-changes arithmetic: it only answers "cpu" where Megatron asks for the current CUDA device.
+it, so this module is the one place that assigns into `torch.cuda` and `megatron.*`. It answers
+"cpu" where Megatron asks for the current CUDA device, and sums the gradient norm more exactly.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.utils",
 )
+# torch's float32 norm of one large CPU tensor is off by 6e-5 at 3M numbers, by 1.6e-3 at 28M.
+_NORM_PART = 2**16
 _applied = False
 
 
@@ -77,6 +79,17 @@ def apply_cpu_support() -> None:
     proxy = _TorchOnCpu()
     for name in _MODULES_WITH_CUDA_LITERALS:
         importlib.import_module(name).torch = proxy
+    importlib.import_module("megatron.core.optimizer.clip_grads").l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], *unused
+) -> tuple[torch.Tensor, None]:
+    """Norm (1,) float32 of all tensors together; Megatron's local_multi_tensor_l2_norm, exact."""
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    parts = [part for tensor in tensors for part in tensor.flatten().split(_NORM_PART)]
+    norms = torch.stack(torch._foreach_norm(parts)).double()
+    return norms.norm().float().reshape(1), None
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def report(
         console.print("the configuration's own layout was NOT run")
     verdict = "all agree" if all_agree else "NOT all agree"
     console.print(
-        f"{verdict}: {num_agree} layouts within the bounds ({bounds}), {len(failed)} beyond, "
+        f"{verdict}: {num_agree} layouts within the bounds ({bounds}), {len(failed)} failed, "
         f"{num_cases - len(rows)} not run, {len(skipped)} skipped; {seconds:.0f} s",
         soft_wrap=True,
     )

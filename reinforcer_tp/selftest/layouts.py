@@ -151,7 +151,8 @@ def choose(known: Sequence[Layout], wanted: str | None) -> list[Layout]:
     unknown = sorted(set(names) - {layout.name for layout in known})
     if unknown or not names:
         raise ConfigError(
-            f"--layouts {wanted}: {', '.join(unknown) or 'nothing'} is no layout; expected some of "
+            f"--layouts {wanted}: {', '.join(unknown) or 'nothing'} is no layout"
+            f"{' without --config' if unknown == ['own'] else ''}; expected some of "
             f"{', '.join(layout.name for layout in known)}"
         )
     tied = {layout.tied for layout in known if layout.name in names}

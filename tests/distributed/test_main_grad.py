@@ -87,6 +87,30 @@ def main_grads(*, dtype, tied, reduce_in_fp32, overlap):
     return grads, model.head.grad_added_to_main_grad
 
 
+def large_norms(sizes):
+    """Megatron's gradient norm of random numbers in tensors of these sizes."""
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    from reinforcer_tp.mcore.topology import init_topology
+
+    group = init_topology(1, 1, seed=0).tp_group
+    numbers = large_numbers()
+    assert sum(sizes) == len(numbers)
+    return get_grad_norm_fp32(list(numbers.split(sizes)), grad_stats_parallel_group=group)
+
+
+def large_numbers():
+    return torch.randn(3_500_000, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("sizes", [[3_500_000], [1_750_000, 1_750_000], [3_499_999, 1]])
+def test_the_gradient_norm_of_a_large_vocabulary(sizes):
+    """However tensor parallelism cuts it. torch's own float32 norm is off by more on a CPU."""
+    exact = large_numbers().double().norm().item()
+    [norm] = run_distributed(large_norms, 1, sizes)
+    assert norm == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def results():
     return run_distributed(all_main_grads, 1, CASES)[0]

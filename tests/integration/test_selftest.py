@@ -183,6 +183,7 @@ def test_a_configuration_of_the_users(assets, polite_rows, tmp_path):
     ("arguments", "says"),
     [
         (["--layouts", "tp2,tp3"], ["tp3 is no layout", "tp2_sp_pp2", "tied_pp2"]),
+        (["--layouts", "own"], ["own is no layout without --config"]),
         (["--config", "configs/none.yaml"], ["configs/none.yaml", "there is no such file"]),
         (["--config", "configs/dpo.yaml", "dpo.betta=1"], ["betta"]),
         (["policy.precision=float16"], ["policy.precision=float16", "--config"]),
@@ -191,7 +192,7 @@ def test_a_configuration_of_the_users(assets, polite_rows, tmp_path):
             ["sequence_parallel=true needs"],
         ),
     ],
-    ids=["layout", "no-file", "key", "without-config", "contradiction"],
+    ids=["layout", "own", "no-file", "key", "without-config", "contradiction"],
 )
 def test_configuration_errors_are_one_line(arguments, says):
     done = run_selftest(*arguments)

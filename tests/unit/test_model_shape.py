@@ -96,7 +96,7 @@ REFUSED = [
             "num_layers_in_last_pipeline_stage": 3,
         },
         {},
-        ("leave -1 for 0",),
+        ("the two stages hold 6 layers, but the model has 5",),
     ),
     ({"max_total_sequence_length": 257}, {}, ("=257", "256 positions")),
     ({}, {"sliding_window": 100}, ("=128", "sliding_window=100", "not built")),
