@@ -47,8 +47,15 @@ def _set_resolvers(cls: type) -> None:
         cls.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", regex, list(first))
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Unless escaped, these line ends are read back as spaces.
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 _set_resolvers(_Loader)
 _set_resolvers(_Dumper)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(tree: dict) -> str:

@@ -41,7 +41,6 @@ class Layout:
 
 LAYOUTS = {
     "tp1-in-full": Layout(1, ("data.share_prompts=false",)),
-    "tp2-token-budget": Layout(2, (TP2, "policy.micro_batch_tokens=700")),
     "tp2-sequence-parallel": Layout(2, (TP2, SEQUENCE_PARALLEL, "policy.train_micro_batch_size=3")),
     "pp2-vpp2-common-starts": Layout(
         2, (PP2, FOUR_STAGES, "policy.train_micro_batch_size=2", "data.share_prefix=response")
@@ -90,8 +89,6 @@ VARIANTS = {
 
 CASES = [
     ("stories", "plain", "tp1-in-full"),
-    ("stories", "plain", "tp2-token-budget"),
-    ("stories", "plain", "tp2-sequence-parallel"),
     ("stories", "plain", "pp2-recompute"),
     ("stories", "averaged-with-sft", "dp2-token-budget"),
     ("random", "sft-summed", "tp2-sequence-parallel"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reinforcer_tp import config as config_module
@@ -146,6 +146,8 @@ def test_default_yaml_lists_every_key():
     rate=st.floats(0, 1),
     value=st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False),
 )
+@example(text="\x85", rate=0.0, value=None)
+@example(text="one\u2028two\u2029 three", rate=0.0, value=None)
 def test_to_yaml_is_read_back_equal(text, rate, value, tmp_path_factory):
     config = load_config(None, ["policy.model_name=m", f"{MEGATRON}.optimizer.lr={rate!r}"])
     kwargs = {"text": text, "value": value}
