@@ -254,9 +254,8 @@ def _speed(
 ) -> dict[str, float | None]:
     """Rates over all devices together, but for the last two, which are per device."""
     topology = run.stage.topology
-    pairs, shape = run.train_set.pairs, run.stage.model.shape
-    shared = pairs.shared_lengths(rows, run.config.data.share)
-    flops = sum(pair_costs(pairs.lengths()[rows], shared, pair_cost(shape)))
+    lengths = run.train_set.pairs.lengths()[rows]
+    flops = sum(pair_costs(lengths, part.shared, pair_cost(run.stage.model.shape)))
     tflops = flops / step_s / topology.world_size / 1e12
     speed = {
         "perf/tokens_per_s": part.num_tokens / step_s,

@@ -30,6 +30,7 @@ class MicroBatches:
     """One global batch, cut."""
 
     batches: tuple[PackedBatch, ...]  # this rank's
+    shared: np.ndarray  # (n,) tokens that each pair of the global batch lays out once
     num_tokens: int  # real tokens of all ranks
     num_slots: int  # their tokens with padding
 
@@ -60,6 +61,7 @@ def micro_batches(
         )
     return MicroBatches(
         batches=tuple(batches),
+        shared=shared,
         num_tokens=int(packed_lengths(pairs.lengths()[rows], shared).sum()),
         num_slots=sum(map(sum, row_lengths)),
     )

@@ -21,6 +21,7 @@ from reinforcer_tp.config import (
     SchedulerConfig,
 )
 from reinforcer_tp.data.packed_batch import build_packed_batch
+from tests.distributed.judge import sequence_logps
 
 WORLD = 4
 BETA, LR, DECAY, CLIP = 0.3, 0.01, 0.1, 0.05
@@ -148,12 +149,6 @@ def judge(name: str, folder: Path) -> dict:
         "loss": loss.item(),
         "grads": {n: p.grad for n, p in model.named_parameters()},
     }
-
-
-def sequence_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    ids = torch.tensor([prompt + response])
-    logps = model(ids).logits[0, :-1].log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
 def run_cases(folders: dict[str, str], cases: dict, export_root: str) -> dict:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.packed_batch import build_packed_batch
+from tests.distributed.judge import sequence_logps
 from tests.distributed.spawn import run_distributed
 
 _COMMON = {
@@ -101,12 +102,6 @@ def families(tmp_path_factory) -> dict[str, dict]:
         grads = {n: p.grad for n, p in model.named_parameters()}
         made[name] = {"folder": str(folder), "logps": logps.detach(), "grads": grads}
     return made
-
-
-def sequence_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    ids = torch.tensor([prompt + response])
-    logps = model(ids).logits[0, :-1].log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
 def run_families(folders: dict[str, str], layout: tuple, export_root: str) -> dict:

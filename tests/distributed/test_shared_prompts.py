@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
+from tests.distributed.judge import sequence_logps
 from tests.distributed.spawn import run_distributed
 
 VOCAB = 131
@@ -88,8 +89,8 @@ def _judge(name: str, folder) -> dict:
     pairs, references = make_pairs(), reference_logps()
     loss, logps = torch.zeros((), dtype=torch.float64), []
     for i, pair in enumerate(pairs):
-        chosen = _sequence_logps(model, pair.prompt, pair.chosen)
-        rejected = _sequence_logps(model, pair.prompt, pair.rejected)
+        chosen = sequence_logps(model, pair.prompt, pair.chosen)
+        rejected = sequence_logps(model, pair.prompt, pair.rejected)
         sides = references[i].double().split([len(chosen), len(rejected)])
         margin = (chosen - sides[0]).sum() - (rejected - sides[1]).sum()
         preference = torch.log1p(torch.exp(-BETA * margin))
@@ -106,12 +107,6 @@ def _judge(name: str, folder) -> dict:
         "norm": norm.item(),
         "grads": grads,
     }
-
-
-def _sequence_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    ids = torch.tensor([prompt + response])
-    logps = model(ids).logits[0, :-1].log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
 def run_shares(folders: dict[str, str], layout: tuple) -> dict:
