@@ -263,7 +263,7 @@ def with_token_savings(config: Config, inputs: Inputs, topology: Any) -> dict[st
 def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> dict[str, dict]:
     """Reference log-probs of the training and validation pairs that this run will use."""
     from reinforcer_tp.loop import micro_batching, train_rows, validation_batches
-    from reinforcer_tp.reference import sweep_reference
+    from reinforcer_tp.reference.sweep import sweep_reference
 
     data = inputs.data
     steps = range(inputs.start_step + 1, inputs.total_steps + 1)

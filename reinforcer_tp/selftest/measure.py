@@ -23,7 +23,7 @@ from reinforcer_tp.mcore.schedule import Stage, forward_backward, open_stage, re
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology, init_topology
 from reinforcer_tp.mcore.weights import full_tensors, hf_shape, load_weights
-from reinforcer_tp.reference import sweep_reference
+from reinforcer_tp.reference.sweep import sweep_reference
 from reinforcer_tp.selftest.compare import Measured
 from reinforcer_tp.selftest.processes import Task
 

@@ -26,7 +26,7 @@ ALLOWED = {
         "reinforcer_tp.data.packed_batch",
         "reinforcer_tp.pipeline_layout",
     ),
-    "reinforcer_tp/reference.py": ("reinforcer_tp.data", "reinforcer_tp.mcore"),
+    "reinforcer_tp/reference": ("reinforcer_tp.data", "reinforcer_tp.mcore"),
     "reinforcer_tp/loop.py": (
         "reinforcer_tp.config",
         "reinforcer_tp.config_check",
