@@ -61,7 +61,7 @@ class Row:
 def calls(arch: int | str, quick: bool) -> list[tuple[str, Call]]:
     """(entry, call) so that every kernel, entry and combination of options is launched."""
     extras = ((False, False), (True, True)) if quick else itertools.product((False, True), repeat=2)
-    results = ((False, False), (False, True), (True, False))  # entropy, cached
+    results = itertools.product((False, True), repeat=2)  # entropy, cached
     vocabs = VOCABS[1:] if quick else VOCABS
     wanted = []
     for (entry, d, dtype), (bias, softcap), (entropy, cached), v in itertools.product(

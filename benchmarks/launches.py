@@ -39,7 +39,7 @@ class Call:
     bias: bool = False
     softcap: bool = False
     entropy: bool = False
-    cached: bool = False  # forward keeps all of E
+    cached: bool = False  # forward keeps all of E; the entropy then has no gradient
     num_sms: int = 132
 
 
@@ -98,11 +98,11 @@ def record(call: Call) -> tuple[list[Launch], int]:
         softcap=30.0 if call.softcap else None,
         with_entropy=call.entropy,
     )
-    budget = 2**50 if call.cached and not call.entropy else 0
     flops = FlopCounterMode(display=False)
     with _pretended_gpu(call) as launches, flops:
         results = linear_logprob.LinearLogprobFunction.apply(
-            hidden, weight, bias, labels, head, budget, linear_logprob_triton
+            *(hidden, weight, bias, labels, head, 2**50 if call.cached else 0),
+            *(linear_logprob_triton, not call.cached),
         )
         sum(r.sum() for r in results if r is not None).backward()
     return launches, flops.get_total_flops()

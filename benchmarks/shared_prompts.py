@@ -141,7 +141,7 @@ def run_case(case: Case, lengths: np.ndarray, topology, args: argparse.Namespace
     def step(share: str) -> tuple[float, float]:
         """(loss, gradient norm)."""
         part = parts[share] = micro_batches(
-            pairs, range(len(pairs)), replace(cut, share=share), references
+            pairs, range(len(pairs)), replace(cut, share=share), references.__getitem__
         )
         zero_grad(training)
         reports = forward_backward(stage, part.batches, loss_function(config))

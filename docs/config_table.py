@@ -29,6 +29,8 @@ def rows(section: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
             found += rows(hint, key + ".")
             continue
         default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         shown = "required" if default is dataclasses.MISSING else yaml_text(default)
         found.append((key, type_text(hint), shown, comments.get(field.name, "")))
     return found
@@ -60,9 +62,10 @@ def type_text(hint: object) -> str:
     if origin in (typing.Union, types.UnionType):
         parts = [h for h in typing.get_args(hint) if h is not type(None)]
         return " or ".join([*map(type_text, parts), "null"])
-    return {"str": "text", "bool": "true/false", "dict": "mapping"}.get(
-        hint.__name__, hint.__name__
-    )
+    if origin is list:
+        return f"list of {type_text(typing.get_args(hint)[0])}"
+    names = {"str": "text", "bool": "true/false", "dict": "mapping", "Any": "text or list of text"}
+    return names.get(hint.__name__, hint.__name__)
 
 
 def table() -> str:

@@ -54,6 +54,7 @@ def vocab_parallel_linear_logprob(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    entropy_grad: bool = True,
     cache_budget_bytes: int = 0,
     row_splits: Sequence[int] | None = None,
     check_labels: bool | None = None,
@@ -71,7 +72,9 @@ def vocab_parallel_linear_logprob(
     comes back reduce-scattered. `logit_softcap` c maps z to c tanh(z / c).
 
     `cache_budget_bytes` bounds what forward keeps so that backward need not multiply again; 0
-    keeps nothing. With `return_entropy` nothing is kept. float16 costs more: its dz is float32.
+    keeps nothing. The entropy's gradient needs the logits themselves: nothing is kept with
+    `return_entropy` unless `entropy_grad` is False, which leaves the entropy without a gradient.
+    float16 costs more: its dz is float32.
 
     `impl`: "triton" (CUDA), "torch", or "auto", which is triton on CUDA and torch elsewhere.
     `check_labels` (None: on the CPU only) looks for labels out of range; on CUDA that waits for the
@@ -109,9 +112,10 @@ def vocab_parallel_linear_logprob(
     )
     operands = [t for t in (hidden, weight, bias) if t is not None]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    budget = cache_budget_bytes if differentiable and not return_entropy else 0
+    needs_logits = return_entropy and entropy_grad
+    budget = cache_budget_bytes if differentiable and not needs_logits else 0
     logps, entropy = LinearLogprobFunction.apply(
-        hidden, weight, bias, labels, head, budget, backend
+        hidden, weight, bias, labels, head, budget, backend, entropy_grad
     )
     return (logps, entropy) if return_entropy else logps
 
@@ -129,7 +133,9 @@ def _implementation(impl: str, hidden: Tensor, weight: Tensor) -> ModuleType:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, head, cache_budget_bytes, backend):
+    def forward(
+        ctx, hidden, weight, bias, labels, head, cache_budget_bytes, backend, entropy_grad
+    ):
         ctx.head, ctx.backend = head, backend
         ctx.set_materialize_grads(False)
         rows = gather_rows(hidden, head)
@@ -143,6 +149,8 @@ class LinearLogprobFunction(torch.autograd.Function):
         fused = fused and hasattr(weight, "grad_added_to_main_grad")
         ctx.fused_weight = weight if fused else None
         x, *_, entropy = merged
+        if entropy is not None and not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
         return -softplus(x), entropy
 
     @staticmethod
@@ -156,7 +164,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.finish(),
             None if grad_weight is None else grad_weight.finish(),
             grad_bias,
-            *(None, None, None, None),
+            *(None, None, None, None, None),
         )
 
 

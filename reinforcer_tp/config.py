@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from reinforcer_tp import config_check, config_load
+from reinforcer_tp import config_check, config_load, config_loss
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
 from reinforcer_tp.model_shape import find_model_shape, validate_model
 from reinforcer_tp.pipeline_layout import check_pipeline, virtual_stages
@@ -41,11 +41,28 @@ class DPOConfig:
     val_at_end: bool = True  # validate after the last step
     seed: int = 42  # order of the data and random weights
     reference_policy_kl_penalty: float = 0.05  # beta of arXiv:2305.18290
-    preference_loss: Literal["sigmoid"] = "sigmoid"  # Eq. 7, arXiv:2305.18290
+    preference_loss: Any = "sigmoid"  # a loss, or a list of losses that are summed (TRL's names)
+    loss_weights: list[float] | None = None  # one for each loss in a list; null = 1 each; ours
     preference_loss_weight: float = 1.0  # factor of the preference loss
     sft_loss_weight: float = 0.0  # factor of the SFT loss on the chosen side
+    rpo_alpha: float | None = None  # another name of sft_loss_weight; null = not used; ours
     preference_average_log_probs: bool = False  # divide log-ratio sums by the response's tokens
-    sft_average_log_probs: bool | None = None  # likewise; null = preference_average_log_probs
+    sft_average_log_probs: bool | None = (
+        None  # likewise; null = true with rpo and orpo, else preference_average_log_probs
+    )
+    label_smoothing: float | None = None  # share of wrong labels, below 0.5; null = 0; ours
+    discopop_tau: float | None = None  # temperature of discopop's blend; null = 0.05; ours
+    simpo_gamma: float | None = None  # reward margin that simpo aims at; null = 0.5; ours
+    ld_alpha: float | None = (
+        None  # LD-DPO: weight of tokens beyond the pair's shorter response; null = 1; ours
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"  # divergence of policy and reference, arXiv:2309.16240; ours
+    )
+    f_alpha_divergence_coef: float | None = None  # alpha of alpha_divergence; null = 0.5; ours
+    first_step_check: Literal["error", "warn", "off"] = (
+        "error"  # before step 1 the loss must be its value at policy = reference; ours
+    )
 
     def __post_init__(self):
         in_range(self, "dpo", "max_num_epochs max_num_steps", 1)
@@ -53,13 +70,27 @@ class DPOConfig:
         in_range(self, "dpo", "seed", 0, 2**32 - 1)
         in_range(self, "dpo", "reference_policy_kl_penalty", 0)
         in_range(self, "dpo", "preference_loss_weight sft_loss_weight", 0)
+        config_loss.check_losses(self)
 
     @property
     def sft_averages(self) -> bool:
         """sft_average_log_probs with its null resolved."""
-        if self.sft_average_log_probs is None:
-            return self.preference_average_log_probs
-        return self.sft_average_log_probs
+        return config_loss.averages_sft(self)
+
+    @property
+    def sft_weight(self) -> float:
+        """sft_loss_weight, by either of its names."""
+        return self.sft_loss_weight if self.rpo_alpha is None else self.rpo_alpha
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The fields of loss.LossOptions, nulls resolved."""
+        return config_loss.loss_options(self)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+        return config_loss.needs_reference(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +237,7 @@ class DataConfig:
     rejected_key: str | None = None  # column of the rejected response
     subset: str | None = None  # configuration of a hub dataset
     split: str | None = None  # split to train on; null = train
+    ignore_columns: list[str] = field(default_factory=list)  # columns not to read; ours
     prompt_file: str | None = None  # text file put around the prompt, {} stands for it
     system_prompt_file: str | None = None  # text file with a system message
     shuffle: bool = True  # a new order each epoch, from dpo.seed
@@ -236,8 +268,28 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    mode: Literal["memory"] = "memory"  # log-probs from one sweep before training, held in memory
+    mode: Literal["store", "resident", "none"] = (
+        "store"  # read log-probs, swept once; run a second copy each step; no reference at all
+    )
+    store_dir: str | None = None  # folder that all nodes see; null = reference in the cache; ours
     model_name: str | None = None  # folder or hub id; null = policy.model_name
+    micro_batch_tokens: int | None = (
+        None  # tokens in a micro-batch of the sweep; null = 4 times policy's; ours
+    )
+
+    def __post_init__(self):
+        in_range(self, "reference", "micro_batch_tokens", 3)
+        for key in ("store_dir", "micro_batch_tokens"):
+            require(
+                self.mode == "store" or getattr(self, key) is None,
+                f"reference.{key} is set, but reference.mode={self.mode} keeps no store; remove "
+                "it, or use reference.mode=store",
+            )
+        require(
+            self.mode != "none" or self.model_name is None,
+            f"reference.model_name={self.model_name} is set, but reference.mode=none reads no "
+            "reference; remove it, or use reference.mode=store",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +386,7 @@ class Config:
         check_pipeline(self.policy.megatron_cfg)
         config_check.check_world(self, world_size, local_world_size)
         config_check.check_data(self.data)
+        config_check.check_reference(self)
 
     @property
     def planned_world_size(self) -> int:
@@ -353,6 +406,7 @@ NOT_IN_FINGERPRINT = (
     "data.num_workers",
     "data.share_prefix",
     "data.share_prompts",
+    "dpo.first_step_check",
     "dpo.max_num_epochs",
     "dpo.max_num_steps",
     "dpo.val_at_end",
@@ -378,7 +432,9 @@ NOT_IN_FINGERPRINT = (
     "policy.megatron_cfg.sequence_parallel",
     "policy.megatron_cfg.tensor_model_parallel_size",
     "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
+    "reference.micro_batch_tokens",
     "reference.mode",
+    "reference.store_dir",
 )
 
 

@@ -191,6 +191,16 @@ def check_data(data) -> None:
     )
 
 
+def check_reference(config) -> None:
+    """`reference.mode` against what the loss reads."""
+    require(
+        config.reference.mode != "none" or not config.dpo.needs_reference,
+        f"reference.mode=none, but dpo.preference_loss={shown(config.dpo.preference_loss)} "
+        "compares the policy with a reference; use reference.mode=store, or a loss without one "
+        "(simpo, orpo)",
+    )
+
+
 def is_import_path(name: str) -> bool:
     parts = name.split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)

@@ -9,8 +9,9 @@ import typing
 # What people call a key elsewhere -> our key. Also searched for near misses.
 ALIASES = {
     "beta": "dpo.reference_policy_kl_penalty",
-    "rpo_alpha": "dpo.sft_loss_weight",
+    "cpo_alpha": "dpo.sft_loss_weight",
     "loss_type": "dpo.preference_loss",
+    "pref_loss": "dpo.preference_loss",
     "num_train_epochs": "dpo.max_num_epochs",
     "epochs": "dpo.max_num_epochs",
     "max_steps": "dpo.max_num_steps",
@@ -104,6 +105,8 @@ def all_keys(section: type, prefix: str = "") -> list[str]:
 def describe(hint: object) -> str:
     """A field's type in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names |= {list[float]: "a list of numbers", list[str]: "a list of text"}
+    names |= {typing.Any: "text or a list of text"}
     parts = []
     for option in _options(hint):
         if typing.get_origin(option) is typing.Literal:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError, validate_model
+from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import EmbeddedPaths
 from reinforcer_tp.mcore.model import DTYPES
 from reinforcer_tp.mcore.shape import ModelShape, model_shape, rope_frequencies
@@ -90,6 +91,24 @@ def check_vocabulary(tokenizer: Any, *models: ModelFiles | None) -> None:
                 f"the tokenizer has {len(tokenizer)} tokens, the model in {files.folder} embeds "
                 f"{files.shape.vocab_size}; give the model's own with policy.tokenizer.name"
             )
+
+
+def check_same_tokenizer(tokenizer: Any, reference: ModelFiles) -> None:
+    """Raises ValueError when the reference's folder has a tokenizer of other ids."""
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((reference.folder / name).is_file() for name in files):
+        return
+    theirs, ours = load_tokenizer(str(reference.folder)).get_vocab(), tokenizer.get_vocab()
+    differing = sorted(token for token, i in ours.items() if theirs.get(token, i) != i)
+    differing += sorted(ours.keys() ^ theirs.keys())
+    if differing:
+        token = differing[0]
+        raise ValueError(
+            f"the reference in {reference.folder} has another tokenizer than the policy: "
+            f"{len(differing)} tokens differ, {token!r} is {theirs.get(token)} there and "
+            f"{ours.get(token)} here; its log-probs would be of other texts. Give a reference of "
+            "the same family with reference.model_name"
+        )
 
 
 def write_companions(files: ModelFiles, tokenizer: Any, precision: str, folder: Path) -> None:

@@ -13,11 +13,17 @@ import torch
 
 from reinforcer_tp.config import Config, ConfigError, fingerprint
 from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
-from reinforcer_tp.data.prepare import PreparedData, prepare_data
+from reinforcer_tp.data.prepare import PreparedData, TokenizedSet, prepare_data
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import ensure_embedded
-from reinforcer_tp.hf_files import ModelFiles, check_vocabulary, open_model
+from reinforcer_tp.hf_files import (
+    ModelFiles,
+    check_same_tokenizer,
+    check_vocabulary,
+    open_model,
+)
 from reinforcer_tp.loop import num_steps
+from reinforcer_tp.loss import LossOptions, uses_margins
 from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
 from reinforcer_tp.mcore.model import choose_layer_spec
 from reinforcer_tp.mcore.schedule import check_kernel_impl
@@ -68,6 +74,8 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
         policy.tokenizer.name or str(files.folder), policy.tokenizer.chat_template
     )
     check_vocabulary(tokenizer, files, reference_files)
+    if reference_files is not None:
+        check_same_tokenizer(tokenizer, reference_files)
     data = prepare_data(
         data_section,
         tokenizer=tokenizer,
@@ -78,6 +86,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     if config.dpo.val_period <= 0:
         data = dataclasses.replace(data, validation=None)
     for pairs in filter(None, (data.train, data.validation)):
+        check_columns(config, pairs)
         check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)
         for model in filter(None, (files, reference_files)):
             check_token_ids(pairs, model.shape.vocab_size)
@@ -97,6 +106,33 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
         start_step=start_step,
         finished_step=finished_step,
     )
+
+
+def check_columns(config: Config, pairs: TokenizedSet) -> None:
+    """Raises ConfigError for columns of the rows that this configuration would not read."""
+    options, mode = LossOptions(**config.dpo.loss_options), config.reference.mode
+    unused = [name for name, _ in options.losses if not uses_margins(name)]
+    if unused and pairs.margins.any():
+        row = int(pairs.rows[pairs.margins.nonzero()[0][0]])
+        raise ConfigError(
+            f"source row {row} has a margin, which dpo.preference_loss={unused[0]} does not use; "
+            "set data.ignore_columns=[margin], or use sigmoid, sigmoid_norm, robust, hinge or simpo"
+        )
+    if not pairs.has_reference:
+        return
+    ignore = "set data.ignore_columns=[ref_chosen_logps,ref_rejected_logps]"
+    if mode != "store" or config.reference.model_name is not None:
+        key = "mode" if mode != "store" else "model_name"
+        raise ConfigError(
+            f"the rows bring reference log-probs (ref_chosen_logps, ref_rejected_logps), but "
+            f"reference.{key}={getattr(config.reference, key)} asks for others; {ignore}, or "
+            f"leave reference.{key} at its default"
+        )
+    if options.ld_alpha is not None:
+        raise ConfigError(
+            "dpo.ld_alpha weights single tokens, but ref_chosen_logps and ref_rejected_logps are "
+            f"sums of whole responses; {ignore}, or remove dpo.ld_alpha"
+        )
 
 
 def _resume_point(

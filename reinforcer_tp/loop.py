@@ -2,8 +2,8 @@
 
 import resource
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,16 @@ from reinforcer_tp.data.micro_batches import MicroBatches, MicroBatching, micro_
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
+from reinforcer_tp.first_step import (
+    NOISE_PAIRS,
+    FirstStepError,
+    SumsByRow,
+    check_first_step,
+)
 from reinforcer_tp.flops import pair_cost, peak_tflops
-from reinforcer_tp.loss import dpo_loss, sequence_sums
+from reinforcer_tp.health import SUMS as HEALTH_SUMS
+from reinforcer_tp.health import HealthWatch, health_metrics, health_sums
+from reinforcer_tp.loss import LossOptions, dpo_loss, sequence_sums
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
 from reinforcer_tp.mcore.optim import (
     Training,
@@ -31,24 +39,31 @@ from reinforcer_tp.mcore.optim import (
     optimizer_step,
     zero_grad,
 )
-from reinforcer_tp.mcore.schedule import LossFunction, Stage, forward_backward, reduce_metrics
+from reinforcer_tp.mcore.schedule import (
+    LossFunction,
+    Stage,
+    forward_backward,
+    forward_logps,
+    reduce_metrics,
+)
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
+from reinforcer_tp.reference.sweep import NonFiniteError
+from reinforcer_tp.throughput import Throughput, step_rates
 
-SUMS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite; weights are untouched since the last step."""
+MEANS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
+SUMS = (*MEANS, *HEALTH_SUMS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """Tokenized pairs and, on the last pipeline stage, their reference log-probs."""
+    """Tokenized pairs and where their reference log-probs are read."""
 
     pairs: TokenizedSet
-    reference: Mapping[int, np.ndarray]  # index -> (C + R,) float32
+    # index -> (C + R,), on the last pipeline stage; None = there are none to read
+    reference: Callable[[int], np.ndarray] | None
+    token_reference: bool = True  # False: only their sums over whole responses mean something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +72,17 @@ class Run:
 
     config: Config
     stage: Stage
+    reference_stage: Stage | None  # a second copy that runs each step; None = log-probs are read
     training: Training
     train_set: PairSet
     validation_set: PairSet | None
     logger: MetricLogger | None  # rank 0 only
     progress: Progress
     data_fingerprint: str  # of the tokenized sets
-    reference_s: float  # seconds of the reference sweep, reported with the first step
+    reference_digest: str | None  # of the reference's weights
+    reference_s: float  # seconds of reading and sweeping, reported with the first step
+    reference_tokens: int  # that the sweep computed, likewise
+    starts_at_reference: bool  # before the first step the policy's weights are the reference's
 
 
 def num_steps(config: Config, num_pairs: int) -> int:
@@ -116,23 +135,28 @@ def micro_batching(
     )
 
 
-def loss_function(config: Config) -> LossFunction:
-    """The loss of one micro-batch from its response tokens' log-probs."""
-    dpo = config.dpo
+def loss_function(config: Config, *, token_reference: bool = True) -> LossFunction:
+    """The loss of one micro-batch from its response tokens' log-probs, and what is reported.
 
-    def loss(logps: torch.Tensor, batch: PackedBatch):
-        num_sequences = batch.response_lengths.shape[0]
-        return dpo_loss(
-            sequence_sums(logps, batch.sequence_id, num_sequences),
-            sequence_sums(batch.reference_logps, batch.sequence_id, num_sequences),
-            batch.response_lengths,
-            batch.pair_weights,
-            beta=dpo.reference_policy_kl_penalty,
-            preference_loss_weight=dpo.preference_loss_weight,
-            sft_loss_weight=dpo.sft_loss_weight,
-            preference_average_log_probs=dpo.preference_average_log_probs,
-            sft_average_log_probs=dpo.sft_averages,
+    `token_reference=False`: of the reference only the sums of whole responses are known.
+    """
+    options = LossOptions(**config.dpo.loss_options)
+
+    def loss(logps: torch.Tensor, entropies: torch.Tensor, batch: PackedBatch):
+        pairs = (batch.sequence_id, batch.response_lengths, batch.pair_weights)
+        loss_sum, report = dpo_loss(
+            logps, batch.reference_logps, *pairs, batch.pair_margins, options
         )
+        health = health_sums(
+            logps.detach(),
+            entropies,
+            batch.reference_logps,
+            *pairs,
+            beta=options.beta,
+            averages=options.preference_average_log_probs,
+            token_reference=token_reference,
+        )
+        return loss_sum, report | health
 
     return loss
 
@@ -141,6 +165,14 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
     """Steps from `start_step` (done so far) to `total_steps`, validating and saving on schedule."""
     dpo, checkpointing = run.config.dpo, run.config.checkpointing
     validates = run.validation_set is not None and dpo.val_period > 0
+    options = LossOptions(**dpo.loss_options)
+    watch = HealthWatch(
+        beta=options.beta,
+        sft_loss_weight=options.sft_loss_weight,
+        losses=[name for name, _ in options.losses],
+        averages=options.preference_average_log_probs,
+    )
+    throughput = Throughput()
     latest: dict[str, float] = {}
     if validates and dpo.val_at_start and start_step == 0:
         latest |= evaluate(run, step=0)
@@ -152,6 +184,9 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
                 f"step {step} changed no weight: a gradient overflowed float16; the loss scale is "
                 "halved"
             )
+        for hint in watch.hints(step, metrics):
+            run.progress.message(hint)
+        throughput.add(metrics)
         if run.logger is not None:
             run.logger.log(step, metrics)
         latest |= metrics
@@ -164,41 +199,54 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
             latest |= evaluate(run, step=step)
         if is_saved:
             _save(run, step, latest)
+    if total_steps > start_step:
+        run.progress.message(throughput.panel())
 
 
 def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     """One optimizer step; returns the metrics under their names in metrics.jsonl, on every rank.
 
-    Raises:
-        NonFiniteError: on every rank, before the optimizer has touched a weight.
+    Raises, on every rank, before the optimizer has touched a weight:
+        NonFiniteError: the loss or the gradient norm is not finite.
+        FirstStepError: the first loss is not that of a policy that is the reference.
     """
     begin = time.perf_counter()
     config, stage = run.config, run.stage
     rows = train_rows(config, len(run.train_set.pairs), step)
     part = _cut(run, run.train_set, rows)
-    data_wait_s = time.perf_counter() - begin
+    after_data = time.perf_counter()
+    part = _with_reference(run, part)
+    after_reference = time.perf_counter()
 
     zero_grad(run.training)
     lr = current_lr(run.training)
-    reports = forward_backward(stage, part.batches, loss_function(config))
-    sums = reduce_metrics(local_sums(reports), SUMS, stage.topology)
+    loss = loss_function(config, token_reference=run.train_set.token_reference)
+    reports = forward_backward(stage, part.batches, loss)
+    sums = reduce_metrics(local_sums(reports), SUMS, stage.topology)  # waits for the device
+    after_compute = time.perf_counter()
     if not np.isfinite(sums["loss"]):
         raise NonFiniteError(_blame(step, "loss", reports, part.batches, stage))
+    if step == 1 and run.starts_at_reference and config.dpo.first_step_check != "off":
+        _gate(run, rows, part, reports)
+    before_optimizer = time.perf_counter()
     was_updated, grad_norm = optimizer_step(run.training)
     if not was_updated and config.policy.precision != "float16":
         raise NonFiniteError(_blame(step, "gradient norm", reports, part.batches, stage))
 
-    step_s = time.perf_counter() - begin
+    end = time.perf_counter()
     metrics = _means(sums) | {
         "grad_norm": grad_norm,
         "lr": lr,
         "num_tokens": part.num_tokens,
         "padding_fraction": 1.0 - part.num_tokens / part.num_slots,
     }
-    speed = _speed(run, rows, part, step_s) | {
-        "perf/step_s": step_s,
-        "perf/data_wait_s": data_wait_s,
-        "perf/reference_s": run.reference_s if is_first else 0.0,
+    speed = _speed(run, rows, part, end - begin) | {
+        "perf/step_s": end - begin,
+        "perf/data_wait_s": after_data - begin,
+        "perf/reference_s": after_reference - after_data + (run.reference_s if is_first else 0.0),
+        "perf/reference_tokens": _reference_tokens(run, part, is_first),
+        "perf/compute_s": after_compute - after_reference,
+        "perf/optimizer_s": end - before_optimizer,
         "memory/peak_gib": _peak_gib(stage.topology.device),
     }
     return {f"train/{name}": value for name, value in metrics.items()} | speed
@@ -208,12 +256,11 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
     """Means over the validation pairs, logged under validation/."""
     begin = time.perf_counter()
     assert run.validation_set is not None
+    loss = loss_function(run.config, token_reference=run.validation_set.token_reference)
     totals = dict.fromkeys(SUMS, 0.0)
     for rows in validation_batches(run.config, len(run.validation_set.pairs)):
-        part = _cut(run, run.validation_set, rows, is_validation=True)
-        reports = forward_backward(
-            run.stage, part.batches, loss_function(run.config), forward_only=True
-        )
+        part = _with_reference(run, _cut(run, run.validation_set, rows, is_validation=True))
+        reports = forward_backward(run.stage, part.batches, loss, forward_only=True)
         for name, value in local_sums(reports).items():
             totals[name] += value
     sums = reduce_metrics(totals, SUMS, run.stage.topology)
@@ -234,6 +281,50 @@ def _cut(
     return micro_batches(pair_set.pairs, rows, cut, reference)
 
 
+def _with_reference(run: Run, part: MicroBatches) -> MicroBatches:
+    """`part` with the log-probs of a resident reference, which runs now."""
+    if run.reference_stage is None:
+        return part
+    logps = forward_logps(run.reference_stage, part.batches)
+    if not run.stage.topology.is_last_stage:
+        return part
+    batches = zip(part.batches, logps, strict=True)
+    return replace(part, batches=tuple(replace(b, reference_logps=x) for b, x in batches))
+
+
+def _gate(
+    run: Run, rows: Sequence[int], part: MicroBatches, reports: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    config, stage = run.config, run.stage
+
+    def swept_again() -> SumsByRow:
+        """Every pair in a row of its own, with nothing shared."""
+        cut = micro_batching(config, stage.model.shape, stage.topology)
+        cut = replace(cut, max_tokens=None, max_pairs=1, share="nothing")
+        batches = micro_batches(run.train_set.pairs, rows[:NOISE_PAIRS], cut).batches
+        found = zip(batches, forward_logps(stage, batches), strict=False)
+        return {
+            batch.rows[0]: sequence_sums(logps.cpu(), batch.sequence_id, 2).numpy()
+            for batch, logps in found
+            if batch.rows
+        }
+
+    try:
+        line = check_first_step(
+            part.batches,
+            reports,
+            LossOptions(**config.dpo.loss_options),
+            stage.topology,
+            precision=config.policy.precision,
+            swept_again=swept_again,
+        )
+    except FirstStepError as error:
+        if config.dpo.first_step_check == "error":
+            raise
+        line = f"warning: {error}"
+    run.progress.message(line)
+
+
 def local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """Sums over this rank's micro-batches; one wait for the device. {} before the last stage."""
     if not reports:
@@ -243,30 +334,36 @@ def local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per pair of weight > 0 in the global batch."""
+    """Per pair of weight > 0 in the global batch, and the run's health."""
     num_pairs = sums["num_pairs"]
-    means = {n: v / max(num_pairs, 1) for n, v in sums.items() if n != "num_pairs"}
-    return means | {"num_pairs": int(num_pairs)}
+    means = {name: sums[name] / max(num_pairs, 1) for name in MEANS if name != "num_pairs"}
+    return means | {"num_pairs": int(num_pairs)} | health_metrics(sums)
 
 
 def _speed(
     run: Run, rows: Sequence[int], part: MicroBatches, step_s: float
 ) -> dict[str, float | None]:
-    """Rates over all devices together, but for the last two, which are per device."""
     topology = run.stage.topology
     lengths = run.train_set.pairs.lengths()[rows]
-    flops = sum(pair_costs(lengths, part.shared, pair_cost(run.stage.model.shape)))
-    tflops = flops / step_s / topology.world_size / 1e12
-    speed = {
-        "perf/tokens_per_s": part.num_tokens / step_s,
-        "perf/pairs_per_s": len(rows) / step_s,
-        "perf/tflops_per_gpu": tflops,
-    }
+    peak = None
     if topology.device.type == "cuda":
-        peak = peak_tflops(torch.cuda.get_device_name(topology.device))
-        if peak is not None:
-            speed["perf/mfu"] = tflops / peak
-    return speed
+        name = torch.cuda.get_device_name(topology.device)
+        peak = peak_tflops(name, run.config.policy.precision)
+    return step_rates(
+        step_s=step_s,
+        num_tokens=part.num_tokens,
+        num_slots=part.num_slots,
+        num_pairs=len(rows),
+        flops=sum(pair_costs(lengths, part.shared, pair_cost(run.stage.model.shape))),
+        world_size=topology.world_size,
+        peak_tflops=peak,
+    )
+
+
+def _reference_tokens(run: Run, part: MicroBatches, is_first: bool) -> int:
+    """Tokens that the reference computed for this step."""
+    swept = run.reference_tokens if is_first else 0
+    return swept + (part.num_tokens if run.reference_stage is not None else 0)
 
 
 def _peak_gib(device: torch.device) -> float:
@@ -283,21 +380,35 @@ def _blame(
     batches: Sequence[PackedBatch],
     stage: Stage,
 ) -> str:
-    """Rank, micro-batch and rows wherever the loss is not finite. Collective."""
+    """Rank, micro-batch, pair and side wherever a log-prob is not finite. Collective."""
     local = [
-        f"rank {stage.topology.rank}, micro-batch {i}, source rows {list(batch.rows)}"
+        f"rank {stage.topology.rank}, micro-batch {i}, {_culprits(report, batch)}"
         for i, (report, batch) in enumerate(zip(reports, batches, strict=False))
         if not np.isfinite(report["loss"].item())
     ]
     everyone: list = [None] * stage.topology.world_size
     dist.all_gather_object(everyone, local)
-    places = [place for part in everyone for place in part]
+    places = list(dict.fromkeys(place for part in everyone for place in part))
     where = "; ".join(places) or "no single micro-batch: every loss is finite, the gradient is not"
     return (
         f"step {step}: the {what} is not finite ({where}). The weights of step {step - 1} are "
         "untouched; lower policy.megatron_cfg.optimizer.lr, or look at the rows and at the "
         "model's weights"
     )
+
+
+def _culprits(report: Mapping[str, torch.Tensor], batch: PackedBatch) -> str:
+    is_bad = (~report["sequence_logps"].isfinite()).view(-1, 2).tolist()
+    sides = [
+        f"source row {row} {side}"
+        for row, bad in zip(batch.rows, is_bad, strict=True)
+        for side, is_bad_side in zip(("chosen", "rejected"), bad, strict=True)
+        if is_bad_side
+    ]
+    if not sides:
+        return f"log-probs are finite in source rows {list(batch.rows)}, the loss is not"
+    more = f" and {len(sides) - 4} more" if len(sides) > 4 else ""
+    return f"log-probs of {', '.join(sides[:4])}{more}"
 
 
 def _save(run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -311,6 +422,7 @@ def _save(run: Run, step: int, metrics: dict[str, float]) -> None:
         stage.topology,
         fingerprint=fingerprint(run.config),
         data_fingerprint=run.data_fingerprint,
+        reference=run.reference_digest,
         metrics=metrics,
     )
     if stage.topology.is_rank_zero:

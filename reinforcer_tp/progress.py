@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 # (metric, label, format) in the order shown; a metric that is absent is left out.
@@ -44,7 +44,10 @@ class Progress:
                 TextColumn("{task.description}", markup=False),
                 console=self._console,
             )
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+            # Shown from the first step on: other work may have its bar before that.
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=start_step, visible=False
+            )
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Show optimizer step `step` (from 1) with its `metrics`, named with or without train/."""
@@ -56,7 +59,11 @@ class Progress:
             return
         self._bar.start()
         description = " | ".join([*_values(metrics, "train/"), f"ETA {eta}"])
-        self._bar.update(self._task, completed=step, description=description)
+        self._bar.update(self._task, completed=step, description=description, visible=True)
+
+    def track(self, label: str, total: int) -> "Track":
+        """Progress through `total` pairs of other work, before or between the steps."""
+        return Track(self, label, total)
 
     def message(self, text: str) -> None:
         """Print `text` as lines of its own, above the bar if there is one."""
@@ -84,7 +91,66 @@ class Progress:
         if self._begin_s is None:
             self._begin_s = now_s - (step_s or 0.0)
         pace_s = (now_s - self._begin_s) / max(step - self._start_step, 1)
-        return str(timedelta(seconds=round(pace_s * (self._total_steps - step))))
+        return _duration(pace_s * (self._total_steps - step))
+
+
+class Track:
+    """Progress of work counted in pairs: a bar on a terminal, about ten lines elsewhere."""
+
+    def __init__(self, progress: Progress, label: str, total: int):
+        self._progress = progress
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._begin_s = progress._clock() if progress._is_rank0 else 0.0
+        self._bar_task: TaskID | None = None
+        self._last_line: str | None = None
+        if progress._bar is not None:
+            progress._bar.start()
+            self._bar_task = progress._bar.add_task(label, total=total)
+
+    def advance(self, done: int, rate_text: str = "") -> None:
+        """`done` pairs so far (not since the last call); `rate_text` as in "3,210 tokens/s"."""
+        progress = self._progress
+        if not progress._is_rank0:
+            return
+        elapsed_s = progress._clock() - self._begin_s
+        eta = f"ETA {_duration(elapsed_s / done * (self._total - done))}" if done else ""
+        about = [text for text in (rate_text, eta) if text]
+        line = f"{self._label}: {done} of {self._total} pairs"
+        is_due = self._done == 0 or done == self._total
+        is_due |= done * 10 // max(self._total, 1) > self._done * 10 // max(self._total, 1)
+        self._done = done
+        if self._bar_task is None:
+            if is_due:
+                progress.message(" | ".join([line, *about]))
+            return
+        progress._bar.update(
+            self._bar_task, completed=done, description=" | ".join([self._label, *about])
+        )
+        self._last_line = " | ".join([line, *about])
+
+    def close(self) -> None:
+        """Replace the bar by a line that stays; a second call does nothing."""
+        if self._bar_task is None:
+            return
+        bar = self._progress._bar
+        if self._last_line is not None:
+            self._progress.message(self._last_line)
+        bar.remove_task(self._bar_task)
+        self._bar_task = None
+        if not any(task.visible for task in bar.tasks):
+            bar.stop()
+
+    def __enter__(self) -> "Track":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def train_line(

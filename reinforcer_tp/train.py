@@ -3,8 +3,8 @@
     torchrun --nproc-per-node N reinforcer_tp/train.py --config configs/dpo.yaml key=value ...
     python reinforcer_tp/train.py --config configs/dpo.yaml --check
 
-Exit status: 0 done, 65 data or model files, 70 a number that is not finite, 78 configuration,
-130 interrupted.
+Exit status: 0 done, 65 data or model files, 70 a number that is not finite or a wrong first loss,
+74 the disk of the reference store, 78 configuration, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reinforcer_tp.inputs import Inputs
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-_EXIT_DATA, _EXIT_SOFTWARE, _EXIT_CONFIG, _EXIT_INTERRUPTED = 65, 70, 78, 130
+_EXIT_DATA, _EXIT_SOFTWARE, _EXIT_IO, _EXIT_CONFIG, _EXIT_INTERRUPTED = 65, 70, 74, 78, 130
 _SPEAKER_HEAD_START_S = 20.0
 
 
@@ -117,8 +117,10 @@ def prepare_and_train(config: Config) -> int:
 
     holds_run = check_run_directory(config)
     quiet_libraries()
+    from reinforcer_tp.first_step import FirstStepError
     from reinforcer_tp.inputs import open_inputs
     from reinforcer_tp.loop import NonFiniteError
+    from reinforcer_tp.reference.store import StoreError
 
     try:
         inputs = open_inputs(config, holds_run=holds_run, world_size=_world_size())
@@ -133,8 +135,10 @@ def prepare_and_train(config: Config) -> int:
         return 0
     try:
         run(config, inputs)
-    except NonFiniteError as error:
+    except (NonFiniteError, FirstStepError) as error:
         return fail(error, _EXIT_SOFTWARE)
+    except StoreError as error:
+        return fail(error, _EXIT_IO)
     return 0
 
 
@@ -142,7 +146,7 @@ def run(config: Config, inputs: Inputs) -> None:
     """The table of contents: topology, reference, model, optimizer, loop, export."""
     from reinforcer_tp.data.prepare import format_report
     from reinforcer_tp.hf_files import write_companions
-    from reinforcer_tp.loop import PairSet, Run, train
+    from reinforcer_tp.loop import Run, train
     from reinforcer_tp.mcore.checkpoint import load_checkpoint
     from reinforcer_tp.mcore.optim import build_training
     from reinforcer_tp.mcore.topology import (
@@ -152,6 +156,7 @@ def run(config: Config, inputs: Inputs) -> None:
     )
     from reinforcer_tp.mcore.weights import export_hf
     from reinforcer_tp.metrics import Progress, environment_info, open_loggers
+    from reinforcer_tp.open_references import open_references
     from reinforcer_tp.run_directory import mark_finished, write_run_directory
 
     megatron, data = config.policy.megatron_cfg, inputs.data
@@ -181,24 +186,26 @@ def run(config: Config, inputs: Inputs) -> None:
             logger = stack.enter_context(
                 open_loggers(config.logger, str(log_dir), dataclasses.asdict(config), start_step)
             )
-        stage, references, reference_s = build_and_sweep(config, inputs, topology, progress)
+        references = open_references(config, inputs, topology, progress)
+        stage = references.stage
         training = build_training(stage.model, config.policy, topology, total_steps=total_steps)
         if inputs.checkpoint is not None:
             load_checkpoint(inputs.checkpoint, stage.model, training, topology)
             progress.message(f"resumed {inputs.checkpoint}: {start_step} of {total_steps} steps")
-        validation_set = None
-        if data.validation is not None:
-            validation_set = PairSet(pairs=data.validation, reference=references["validation"])
         loop_state = Run(
             config=config,
             stage=dataclasses.replace(stage, modules=training.ddp),
+            reference_stage=references.resident,
             training=training,
-            train_set=PairSet(pairs=data.train, reference=references["training"]),
-            validation_set=validation_set,
+            train_set=references.train_set,
+            validation_set=references.validation_set,
             logger=logger,
             progress=progress,
             data_fingerprint=data.fingerprint,
-            reference_s=reference_s,
+            reference_digest=references.digest,
+            reference_s=references.seconds,
+            reference_tokens=references.num_tokens,
+            starts_at_reference=references.is_policy,
         )
         train(loop_state, start_step=start_step, total_steps=total_steps)
 
@@ -218,33 +225,6 @@ def run(config: Config, inputs: Inputs) -> None:
     destroy_topology()
 
 
-def build_and_sweep(
-    config: Config, inputs: Inputs, topology: Any, progress: Any
-) -> tuple[Any, dict, float]:
-    """The policy's stage, the reference log-probs of both sets, and the seconds those took.
-
-    A reference of its own is built, swept and dropped before the policy is built.
-    """
-
-    def build(files: Any) -> Any:
-        from reinforcer_tp.mcore.model import build_model
-        from reinforcer_tp.mcore.schedule import open_stage
-        from reinforcer_tp.mcore.weights import load_weights
-
-        model = build_model(files.hf_config, config.policy, topology)
-        load_weights(model, files.reader, topology)
-        return open_stage(model, config.policy, topology)
-
-    stage = build(inputs.reference_files or inputs.files)
-    begin = time.perf_counter()
-    references = sweep(config, stage, inputs, progress)
-    reference_s = time.perf_counter() - begin
-    if inputs.reference_files is not None:
-        del stage
-        stage = build(inputs.files)
-    return stage, references, reference_s
-
-
 def with_token_savings(config: Config, inputs: Inputs, topology: Any) -> dict[str, Any]:
     """The data report with what packing and sharing save in training."""
     from reinforcer_tp.data.token_report import token_report
@@ -258,33 +238,6 @@ def with_token_savings(config: Config, inputs: Inputs, topology: Any) -> dict[st
         micro_batching(config, inputs.files.shape, topology),
     )
     return report | {"train": report["train"] | {"token_savings": savings}}
-
-
-def sweep(config: Config, stage: Any, inputs: Inputs, progress: Any) -> dict[str, dict]:
-    """Reference log-probs of the training and validation pairs that this run will use."""
-    from reinforcer_tp.loop import micro_batching, train_rows, validation_batches
-    from reinforcer_tp.reference.sweep import sweep_reference
-
-    data = inputs.data
-    steps = range(inputs.start_step + 1, inputs.total_steps + 1)
-    rows = [row for step in steps for row in train_rows(config, len(data.train), step)]
-    sets = {"training": (data.train, rows)}
-    if data.validation is not None:
-        batches = validation_batches(config, len(data.validation))
-        sets["validation"] = (data.validation, [row for batch in batches for row in batch])
-    return {
-        name: sweep_reference(
-            stage,
-            pairs,
-            wanted,
-            micro_batching(
-                config, stage.model.shape, stage.topology, is_validation=name == "validation"
-            ),
-            batch_size=config.policy.train_global_batch_size,
-            on_progress=lambda text, name=name: progress.message(f"reference, {name}: {text}"),
-        )
-        for name, (pairs, wanted) in sets.items()
-    }
 
 
 def how_to_go_on(config: Config, inputs: Inputs) -> str:

@@ -179,7 +179,17 @@ class PairEncoder:
             return _dropped("empty_prompt", mismatch)
         if chosen == rejected:
             return _dropped("identical", mismatch)
-        return _fit(prompt, chosen, rejected, self.options, mismatch)
+        fitted = _fit(prompt, chosen, rejected, self.options, mismatch)
+        if fitted.is_truncated and pair.reference is not None:
+            return _mistake(
+                "truncated_reference",
+                f"data.overlong={self.options.overlong} cuts the row, but ref_chosen_logps and "
+                "ref_rejected_logps are log-probs of the whole text; raise "
+                "policy.max_total_sequence_length, set data.overlong=drop, or leave both columns "
+                "out with data.ignore_columns",
+                mismatch,
+            )
+        return fitted
 
     def _end(self, ids: list[int]) -> list[int]:
         """`ids` with EOS once, also where the text already spells it out."""

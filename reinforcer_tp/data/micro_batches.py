@@ -1,6 +1,6 @@
 """A global batch -> this rank's packed micro-batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,8 @@ def micro_batches(
     pairs: TokenizedSet,
     rows: Sequence[int],  # indices into `pairs`: one global batch
     cut: MicroBatching,
-    reference: Mapping[int, np.ndarray] | None = None,  # index -> (C + R,) float32
+    # index -> (C + R,), chosen then rejected
+    reference: Callable[[int], np.ndarray] | None = None,
 ) -> MicroBatches:
     """Packs the global batch over all ranks and builds this rank's rows.
 
@@ -54,7 +55,7 @@ def micro_batches(
             build_packed_batch(
                 [pairs[i] for i in members],
                 shared=shared[positions].tolist(),
-                reference_logps=None if reference is None else [reference[i] for i in members],
+                reference_logps=None if reference is None else [reference(i) for i in members],
                 row_length=row_length,
                 divisible_by=cut.divisible_by,
             )

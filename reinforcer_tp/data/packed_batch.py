@@ -16,6 +16,7 @@ keys. s = 0 lays out both sequences in full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,10 @@ class PackedBatch:
     response_index: Tensor  # (N,) int64, position that predicts each response token; may repeat
     labels: Tensor  # (N,) int64, that response token
     sequence_id: Tensor  # (N,) int64 in [0, 2B), never decreasing
-    reference_logps: Tensor | None  # (N,) float32
+    reference_logps: Tensor | None  # (N,) float64: sums that come with the rows stay exact
     response_lengths: Tensor  # (2B,) int64, response tokens of each sequence
     pair_weights: Tensor  # (B,) float32
+    pair_margins: Tensor  # (B,) float32, by how much chosen should beat rejected
     rows: tuple[int, ...]  # (B,) rows in the source
     num_pairs: int  # pairs of weight > 0: what the loss is normalised by
     num_tokens: int  # real tokens, padding not counted
@@ -131,6 +133,7 @@ def build_packed_batch(
         reference_logps=_join_reference(pairs, reference_logps),
         response_lengths=torch.from_numpy(layout.responses),
         pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        pair_margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         rows=tuple(pair.row for pair in pairs),
         num_pairs=sum(pair.weight > 0 for pair in pairs),
         num_tokens=num_tokens,
@@ -222,6 +225,8 @@ def _check_pair(pair: TokenizedPair) -> None:
             )
     if not 0.0 <= pair.weight < float("inf"):
         raise ValueError(f"row {pair.row}: weight={pair.weight}; expected a finite number >= 0")
+    if not math.isfinite(pair.margin):
+        raise ValueError(f"row {pair.row}: margin={pair.margin}; expected a finite number")
 
 
 def _row_length(num_tokens: int, row_length: int | None, divisible_by: int) -> int:
@@ -242,7 +247,7 @@ def _join_reference(
         return None
     if len(reference_logps) != len(pairs):
         raise ValueError(f"{len(reference_logps)} reference log-prob rows for {len(pairs)} pairs")
-    parts = [torch.as_tensor(part, dtype=torch.float32) for part in reference_logps]
+    parts = [torch.as_tensor(part, dtype=torch.float64) for part in reference_logps]
     for pair, part in zip(pairs, parts, strict=True):
         expected = (len(pair.chosen) + len(pair.rejected),)
         if tuple(part.shape) != expected:
@@ -250,7 +255,7 @@ def _join_reference(
                 f"row {pair.row}: reference log-probs of shape {tuple(part.shape)}; expected "
                 f"{expected}, the chosen and then the rejected response tokens"
             )
-    return torch.cat([torch.empty(0), *parts])
+    return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
 
 
 def _ints(values: list[int]) -> np.ndarray:

@@ -38,14 +38,18 @@ def pair_costs(
 ) -> list[float]:
     """FLOPs of each pair: 2P + C + R - s tokens, of which C + R labels.
 
-    The queries of a sequence of n tokens see n^2 / 2 keys; the rejected side has none for its
-    first s tokens.
+    The queries of a sequence of n tokens see 1 + 2 + ... + n = n (n + 1) / 2 keys; the rejected
+    side has no queries for its first s tokens. Padding costs nothing here.
     """
     prompt, chosen, rejected = lengths.astype(np.float64).T
     tokens = packed_lengths(lengths, shared)
-    visible_keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - shared**2) / 2
+    visible_keys = _triangle(prompt + chosen) + _triangle(prompt + rejected) - _triangle(shared)
     flops = cost.token * tokens + cost.response_token * (chosen + rejected)
     return (flops + cost.visible_key * visible_keys).tolist()
+
+
+def _triangle(count: np.ndarray) -> np.ndarray:
+    return count * (count + 1) / 2
 
 
 def pack(

@@ -39,6 +39,8 @@ class PreferencePair:
     chosen: str | Messages
     rejected: str | Messages
     weight: float = 1.0  # multiplies both loss terms, >= 0
+    margin: float = 0.0  # by how much the chosen side should beat the rejected one, in rewards
+    reference: tuple[float, float] | None = None  # log-probs of the responses: chosen, rejected
     tie: bool = False  # neither side is preferred
     tools: list | None = None  # JSON schemas for the chat template
     chat_template_kwargs: dict | None = None  # over those of the configuration
@@ -53,7 +55,10 @@ class PreferencePair:
 
     @classmethod
     def from_json(cls, text: str) -> "PreferencePair":
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        if values["reference"] is not None:
+            values["reference"] = tuple(values["reference"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ The first process of each node reads, checks and tokenizes; the others wait on a
 and map the same arrays.
 """
 
+import difflib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ def _lines(splits: list[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
 
 def _notes(name: str, split: dict[str, Any]) -> Iterator[str]:
     yield f"{name}: {split['source']}, rows recognised as {'; '.join(split['shapes'])}"
+    margins = split["margins"]
+    if margins:
+        yield (
+            f"{name}: {margins['rows']:,} rows have a margin, from {margins['min']:.4g} to "
+            f"{margins['max']:.4g}, mean {margins['mean']:.4g}"
+        )
+    if split["has_reference"]:
+        yield f"{name}: reference log-probs come with the rows"
     example = split["boundary_example"]
     if example:
         yield (
@@ -180,6 +189,7 @@ def _prepare(
         on_bad_row=getattr(dataset, "on_bad_row", "error"),
         num_workers=section.get("num_workers", 1),
     )
+    ignored, columns = section.get("ignore_columns") or [], set()
     folders, report = {}, {"dataset": spec.dataset_name, "train": None, "validation": None}
     for name, key in (("train", "train_data_path"), ("validation", "val_data_path")):
         rows = dataset.formatted_ds.get(name)
@@ -187,7 +197,7 @@ def _prepare(
             continue
         path = section.get(key)
         folder, report[name] = tokenize_set(
-            rows,
+            _without_columns(rows, ignored, columns) if ignored else rows,
             f"the {name} rows of {spec.dataset_name}" if path is None else f"data.{key}={path}",
             spec=spec,
             tokenizer=tokenizer,
@@ -195,6 +205,29 @@ def _prepare(
             cache_dir=cache_dir,
         )
         folders[name] = str(folder)
+    _check_ignored(ignored, columns)
     keys = [Path(folder).name for folder in folders.values()]
     report["fingerprint"] = hashlib.sha256("\n".join(keys).encode()).hexdigest()
     return {"folders": folders, "report": report}
+
+
+def _without_columns(
+    rows: Iterable[Mapping[str, Any]], ignored: Sequence[str], columns: set[str]
+) -> Iterator[Mapping[str, Any]]:
+    """`rows` without the columns of those names; `columns` learns which there are."""
+    for row in rows:
+        if isinstance(row, Mapping):
+            columns.update(row)
+            row = {name: value for name, value in row.items() if name not in ignored}
+        yield row
+
+
+def _check_ignored(ignored: Sequence[str], columns: set[str]) -> None:
+    unknown = [name for name in ignored if name not in columns]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], map(str, columns), n=1)
+        fix = f"did you mean {near[0]}?" if near else "take it out of the list"
+        raise ValueError(
+            f"data.ignore_columns has {unknown[0]}, but no row has such a column; expected names "
+            f"among {', '.join(sorted(map(str, columns)))}; {fix}"
+        )

@@ -7,7 +7,9 @@
     chosen, rejected                                   TRL, the prompt is what both begin with
     chosen, rejected with Human: and Assistant: turns  hh-rlhf: text
 
-Optional columns: weight (>= 0), tie (bool), tools, chat_template_kwargs (messages only).
+Optional columns: weight (>= 0), margin (a number), tie (bool), tools, chat_template_kwargs
+(messages only), and what the reference model gives (TRL's precomputed log-probs): ref_chosen_logps
+and ref_rejected_logps, each the sum of the log-probs of that response's tokens.
 """
 
 import json
@@ -30,7 +32,8 @@ from reinforcer_tp.data.pairs import (
     kind,
 )
 
-MAX_WEIGHT = 3e38  # float32
+LARGEST = 3e38  # float32
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -38,13 +41,16 @@ def pair_from_row(row: Mapping[str, Any], spec: TaskDataSpec | None = None) -> P
     """The pair a row holds, with the texts of `spec` put around its prompt.
 
     Columns that are null count as missing. BadRow: missing keys, a response that is empty or not
-    text, an unknown role, a bad weight. UnusableRow: equal sides, sides of different prompts.
+    text, an unknown role, a bad number in weight, margin or the reference's columns. UnusableRow:
+    equal sides, sides of different prompts.
     """
     present = {key: value for key, value in row.items() if value is not None}
     pair = check_pair(_find_reader(present)(present))
     pair = replace(
         pair,
-        weight=_weight(present.get("weight", 1.0)),
+        weight=_number(present, "weight", 1.0, low=0.0),
+        margin=_number(present, "margin", 0.0),
+        reference=_reference(present),
         tie=pair.tie or _flag(present, "tie"),
         tools=_json_column(present, "tools", list) or None,  # some templates render [] too
         chat_template_kwargs=_json_column(present, "chat_template_kwargs", dict),
@@ -223,11 +229,34 @@ def _as_messages(value: object, name: str, role: str) -> Messages:
     return value
 
 
-def _weight(value: object) -> float:
+def _number(
+    row: dict, name: str, default: float, *, low: float = -LARGEST, high: float = LARGEST
+) -> float:
+    value = row.get(name, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_WEIGHT:
-        raise BadRow("weight", f"weight={value!r}; expected a finite number >= 0")
+    if not is_number or not low <= value <= high:
+        sign = " >= 0" if low == 0 else " <= 0" if high == 0 else ""
+        raise BadRow(
+            name,
+            f"{name}={value!r}; expected a finite number{sign}; mend the row, or leave the column "
+            "out with data.ignore_columns",
+        )
     return float(value)
+
+
+def _reference(row: dict) -> tuple[float, float] | None:
+    """Sums of log-probs of the chosen and the rejected response."""
+    missing = [name for name in REFERENCE_COLUMNS if name not in row]
+    if len(missing) == 1:
+        raise BadRow(
+            "reference_columns",
+            f"{missing[0]} has no value, but the other side's log-probs have; expected both or "
+            "neither; leave both columns out with data.ignore_columns",
+        )
+    if missing:
+        return None
+    chosen, rejected = (_number(row, name, 0.0, high=0.0) for name in REFERENCE_COLUMNS)
+    return chosen, rejected
 
 
 def _flag(row: dict, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,18 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from reinforcer_tp.data.chat import EncodeOptions, PairEncoder
 from reinforcer_tp.data.files import progress_bars
 from reinforcer_tp.data.pairs import BadRow, PreferencePair, TaskDataSpec, UnusableRow
+from reinforcer_tp.data.set_counts import set_counts
 from reinforcer_tp.data.shapes import pair_from_row
 from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.data.tokenizer import check_tokenizer, tokenizer_fingerprint
 
-VERSION = 1  # of the arrays and of how rows become them: part of every set's key
+VERSION = 2  # of the arrays and of how rows become them: part of every set's key
 BATCH_SIZE = 64  # pairs that are tokenized together
 MANY_ROWS = 5_000  # that take long enough for a progress bar
 
 _PAIRS = datasets.Features(
     {
         "pair": datasets.Value("large_string"),  # PreferencePair.to_json
-        "weight": datasets.Value("float64"),
         "row": datasets.Value("int64"),
     }
 )
@@ -42,6 +43,8 @@ _ENCODED = datasets.Features(
         "prompt_end": datasets.Value("string"),  # of a boundary mismatch, else null
         "is_truncated": datasets.Value("bool"),
         "weight": datasets.Value("float64"),
+        "margin": datasets.Value("float64"),
+        "reference": datasets.List(datasets.Value("float64")),  # 2, NaN where there are none
         "row": datasets.Value("int64"),
     }
 )
@@ -64,6 +67,7 @@ class _RowCounts:
     shapes: Counter = field(default_factory=Counter)
     ties_kept: int = 0
     zero_weight: int = 0
+    with_reference: int = 0  # of the pairs that are tokenized
     kinds: set[bool] = field(default_factory=set)  # is_chat of the pairs
     mistakes: list[tuple[int, str]] = field(default_factory=list)  # (row, what is wrong)
     digest: Any = field(default_factory=hashlib.sha256)
@@ -90,6 +94,7 @@ def tokenize_set(
         building = Path(name)
         counts = _write_pairs(rows, building / "pairs.arrow", spec, options)
         _raise_mistakes(counts.mistakes, counts.rows_read, source)
+        _check_reference(counts, source)
         check_tokenizer(tokenizer, counts.kinds)
         folder = cache_dir / _key(counts, tokenizer, options)
         if not folder.exists():
@@ -122,7 +127,8 @@ def _write_pairs(
             text = pair.to_json()
             counts.digest.update(f"{index}\n{text}\n".encode())
             counts.kinds.add(pair.is_chat)
-            writer.write({"pair": text, "weight": pair.weight, "row": index})
+            counts.with_reference += pair.reference is not None
+            writer.write({"pair": text, "row": index})
         writer.finalize()
     return counts
 
@@ -148,6 +154,16 @@ def _read_pair(
         return None
     counts.ties_kept += pair.tie
     return pair
+
+
+def _check_reference(counts: _RowCounts, source: str) -> None:
+    num_pairs = counts.rows_read - counts.dropped.total()
+    if 0 < counts.with_reference < num_pairs:
+        raise ValueError(
+            f"{source}: {counts.with_reference} of {num_pairs} usable rows have ref_chosen_logps "
+            "and ref_rejected_logps; expected all or none; fill in the others, or leave both "
+            "columns out with data.ignore_columns=[ref_chosen_logps,ref_rejected_logps]"
+        )
 
 
 def _raise_mistakes(mistakes: list[tuple[int, str]], rows_read: int, source: str) -> None:
@@ -204,7 +220,9 @@ def _encode_batch(
         "mistake": [pair.mistake for pair in encoded],
         "prompt_end": [pair.boundary_mismatch for pair in encoded],
         "is_truncated": [pair.is_truncated for pair in encoded],
-        "weight": batch["weight"],
+        "weight": [pair.weight for pair in pairs],
+        "margin": [pair.margin for pair in pairs],
+        "reference": [pair.reference or (math.nan, math.nan) for pair in pairs],
         "row": batch["row"],
     }
 
@@ -215,41 +233,23 @@ def _mistakes(encoded: pa.Table) -> list[tuple[int, str]]:
 
 
 def _save(encoded: pa.Table, folder: Path) -> None:
-    reasons = encoded["dropped"].to_pylist()
-    is_used = np.array([reason == "" for reason in reasons], dtype=bool)
-    lengths = _numbers(encoded["lengths"]).reshape(-1, 3)[is_used]
-    weights = encoded["weight"].to_numpy()[is_used].astype(np.float32)
-    ends, rows = encoded["prompt_end"].to_pylist(), encoded["row"].to_pylist()
-    mismatches = [(row, end) for row, end in zip(rows, ends, strict=True) if end is not None]
-    longest = np.append(lengths, np.zeros((1, 3), np.int32), axis=0)
-    counts = {
-        "used": int(is_used.sum()),
-        "dropped": dict(Counter(filter(None, reasons))),
-        "boundary_mismatches": len(mismatches),
-        "boundary_example": dict(zip(("row", "prompt_end"), mismatches[0])) if mismatches else None,
-        "truncated": sum(encoded["is_truncated"].to_pylist()),
-        "zero_weight": int((weights == 0).sum()),
-        "tokens": _by_part(lengths.sum(axis=0, dtype=np.int64)),
-        "longest": _by_part(longest.max(axis=0))
-        | {"sequence": int((longest[:, 0] + longest[:, 1:].max(axis=1)).max())},
-    }
-    folder.mkdir()
-    TokenizedSet(
+    is_used = np.array([reason == "" for reason in encoded["dropped"].to_pylist()], dtype=bool)
+    pairs = TokenizedSet(
         tokens=_numbers(encoded["ids"]),  # dropped rows have none
-        lengths=lengths,
-        weights=weights,
-        rows=np.array(rows, np.int64)[is_used],
-    ).save(folder)
-    (folder / "counts.json").write_text(json.dumps(counts))
+        lengths=_numbers(encoded["lengths"]).reshape(-1, 3)[is_used],
+        weights=encoded["weight"].to_numpy()[is_used].astype(np.float32),
+        rows=encoded["row"].to_numpy()[is_used],
+        margins=encoded["margin"].to_numpy()[is_used].astype(np.float32),
+        reference_sums=_numbers(encoded["reference"], np.float64).reshape(-1, 2)[is_used],
+    )
+    folder.mkdir()
+    pairs.save(folder)
+    (folder / "counts.json").write_text(json.dumps(set_counts(encoded, pairs)))
 
 
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray, dtype: type = np.int32) -> np.ndarray:
     chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return np.concatenate([np.empty(0, np.int32), *chunks])
-
-
-def _by_part(values: np.ndarray) -> dict[str, int]:
-    return dict(zip(("prompt", "chosen", "rejected"), values.tolist(), strict=True))
+    return np.concatenate([np.empty(0, dtype), *chunks])
 
 
 def _rename(building: Path, folder: Path) -> None:

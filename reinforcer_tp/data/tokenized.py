@@ -6,7 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-_ARRAYS = {"tokens": np.int32, "lengths": np.int32, "weights": np.float32, "rows": np.int64}
+_ARRAYS = {
+    "tokens": np.int32,
+    "lengths": np.int32,
+    "weights": np.float32,
+    "rows": np.int64,
+    "margins": np.float32,
+    "reference_sums": np.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +25,8 @@ class TokenizedPair:
     rejected: list[int]
     weight: float = 1.0  # multiplies both loss terms
     row: int = 0  # in the source, counted from 0
+    margin: float = 0.0  # by how much the chosen side should beat the rejected one
+    reference: tuple[float, float] | None = None  # log-probs of the responses: chosen, rejected
 
 
 class TokenizedSet(Sequence[TokenizedPair]):
@@ -29,11 +38,20 @@ class TokenizedSet(Sequence[TokenizedPair]):
         lengths: np.ndarray,  # (n, 3) int32: tokens of prompt, chosen, rejected
         weights: np.ndarray,  # (n,) float32
         rows: np.ndarray,  # (n,) int64
+        margins: np.ndarray | None = None,  # (n,) float32; None = all 0
+        reference_sums: np.ndarray | None = None,  # (n, 2) float64: chosen, rejected; None = NaN
     ):
         self.tokens, self.weights, self.rows = tokens, weights, rows
+        self.margins = np.zeros(len(rows), np.float32) if margins is None else margins
+        if reference_sums is None:
+            reference_sums = np.full((len(rows), 2), np.nan)
+        self.reference_sums = reference_sums
+        self.has_reference = len(rows) > 0 and not np.isnan(reference_sums[0, 0])
         self._lengths = lengths
         self._ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
-        assert len(lengths) == len(weights) == len(rows)
+        assert len(lengths) == len(weights) == len(rows) == len(self.margins)
+        assert reference_sums.shape == (len(rows), 2)
+        assert (np.isnan(reference_sums) != self.has_reference).all(), "all pairs or none"
         assert len(tokens) == (self._ends[-1] if len(lengths) else 0)
 
     def __len__(self) -> int:
@@ -49,7 +67,18 @@ class TokenizedSet(Sequence[TokenizedPair]):
             rejected=ids[num_prompt + num_chosen :],
             weight=float(self.weights[index]),
             row=int(self.rows[index]),
+            margin=float(self.margins[index]),
+            reference=tuple(self.reference_sums[index].tolist()) if self.has_reference else None,
         )
+
+    def reference_logps(self, index: int) -> np.ndarray:  # (C + R,) float64, chosen, rejected
+        """The pair's reference sums spread evenly over the tokens of their responses.
+
+        Only sums over a whole response mean something. Needs `has_reference`.
+        """
+        assert self.has_reference
+        counts = self._lengths[index, 1:]
+        return np.repeat(self.reference_sums[index] / counts, counts)
 
     def lengths(self) -> np.ndarray:
         """(n, 3) int32: tokens of prompt, chosen and rejected; not to be changed."""
@@ -89,11 +118,16 @@ class TokenizedSet(Sequence[TokenizedPair]):
             lengths=np.array(lengths, np.int32).reshape(-1, 3),
             weights=np.array([pair.weight for pair in pairs], np.float32),
             rows=np.array([pair.row for pair in pairs], np.int64),
+            margins=np.array([pair.margin for pair in pairs], np.float32),
+            reference_sums=np.array(
+                [pair.reference or (np.nan, np.nan) for pair in pairs], np.float64
+            ).reshape(-1, 2),
         )
 
     def save(self, folder: Path) -> None:
-        for name, array in zip(_ARRAYS, self._arrays(), strict=True):
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        arrays = vars(self) | {"lengths": self._lengths}
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", arrays[name], allow_pickle=False)
 
     @classmethod
     def open(cls, folder: Path) -> "TokenizedSet":
@@ -116,6 +150,3 @@ class TokenizedSet(Sequence[TokenizedPair]):
                 f"{folder} holds {len(arrays['tokens'])} tokens, expected {expected}; delete it"
             )
         return cls(**arrays)
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.tokens, self._lengths, self.weights, self.rows

@@ -57,6 +57,7 @@ def save_checkpoint(
     *,
     fingerprint: str,
     data_fingerprint: str,
+    reference: str | None,  # digest of the reference's weights
     metrics: dict[str, float],
 ) -> Path:
     """Writes `directory/step_N`, built under another name and renamed when whole. Collective."""
@@ -80,6 +81,7 @@ def save_checkpoint(
             "sharded_optimizer": _is_sharded(training),
             "fingerprint": fingerprint,
             "data_fingerprint": data_fingerprint,
+            "reference": reference,
             "metrics": {n: v if math.isfinite(v) else None for n, v in metrics.items()},
             "scheduler": {"num_steps": training.scheduler.num_steps},
             "group_steps": _group_steps(training),

@@ -27,8 +27,9 @@ from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.topology import Topology
 
-# (policy_logps (N,) float32, batch) -> (sum of the loss over pairs, metric sums)
-LossFunction = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+# (policy log-probs (N,) float32, entropies (N,) without gradient, batch) -> (sum of the loss over
+# pairs, what is reported of the micro-batch)
+LossFunction = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 # (response rows of this rank's part of the sequence, how they are taken from the hidden states)
@@ -79,8 +80,11 @@ def response_logps(
     hidden: Tensor,  # (T[/tp], 1, D) from the last stage
     batch: PackedBatch,
     own_rows: OwnRows,
-) -> Tensor:
-    """Log-probs (N,) float32 of the response tokens, on every tensor-parallel rank.
+    *,
+    return_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (N,) float32 of the response tokens, on every tensor-parallel rank, and, if asked,
+    the entropies (N,) at their positions, which carry no gradient.
 
     Under sequence parallelism the operator gathers the response rows and scatters their gradients.
     """
@@ -90,7 +94,7 @@ def response_logps(
     labels = batch.labels
     if rows.order is not None:
         labels = labels.index_select(0, rows.order)
-    logps = vocab_parallel_linear_logprob(
+    out = vocab_parallel_linear_logprob(
         gather_rows(hidden.squeeze(1), gather),
         weight,
         labels,
@@ -98,10 +102,15 @@ def response_logps(
         vocab_size=model.shape.vocab_size,
         tp_group=topology.tp_group if topology.tp_size > 1 else None,
         row_splits=rows.splits if model.config.sequence_parallel else None,
+        return_entropy=return_entropy,
+        entropy_grad=False,
         cache_budget_bytes=stage.kernel_cache_bytes if torch.is_grad_enabled() else 0,
         impl=stage.kernel_impl,
     )
-    return logps if rows.inverse is None else logps.index_select(0, rows.inverse)
+    found = out if return_entropy else (out,)
+    if rows.inverse is not None:
+        found = tuple(each.index_select(0, rows.inverse) for each in found)
+    return (*found, None)[:2]
 
 
 def forward_backward(
@@ -113,12 +122,13 @@ def forward_backward(
 ) -> list[dict[str, Tensor]]:
     """Runs every micro-batch; leaves gradients of (sum over pairs) / (pairs of the global batch).
 
-    `batches` are this data-parallel rank's; the number must be equal on all ranks. Returns the
-    metric sums of each micro-batch on the last stage, [] elsewhere.
+    `batches` are this data-parallel rank's; the number must be equal on all ranks. Returns what
+    `loss_function` reports of each micro-batch on the last stage, [] elsewhere.
     """
 
     def report(batch: PackedBatch, own_rows: OwnRows, hidden: Tensor):
-        loss_sum, metrics = loss_function(response_logps(stage, hidden, batch, own_rows), batch)
+        logps, entropies = response_logps(stage, hidden, batch, own_rows, return_entropy=True)
+        loss_sum, metrics = loss_function(logps, entropies, batch)
         num_pairs = torch.full((), batch.num_pairs, dtype=torch.int, device=hidden.device)
         return loss_sum, num_pairs, metrics
 
@@ -130,7 +140,7 @@ def forward_logps(stage: Stage, batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Log-probs (N,) float32 of each micro-batch on the last stage, [] elsewhere. Saves nothing."""
 
     def report(batch: PackedBatch, own_rows: OwnRows, hidden: Tensor, non_loss_data: bool):
-        return response_logps(stage, hidden, batch, own_rows)
+        return response_logps(stage, hidden, batch, own_rows)[0]
 
     return _run(stage, batches, report, forward_only=True, collect_non_loss_data=True)
 

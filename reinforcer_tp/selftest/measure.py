@@ -60,7 +60,7 @@ def measure(task: Task) -> Measured:
     logps = _sweep(stage, task)
     training = build_training(stage.model, policy, topology, total_steps=1)
     cut = micro_batching(config, stage.model.shape, topology)
-    known = reference if topology.is_last_stage else None
+    known = reference.__getitem__ if topology.is_last_stage else None
     batches = micro_batches(task.pairs, range(len(task.pairs)), cut, known).batches
 
     zero_grad(training)
@@ -96,8 +96,6 @@ def _sweep(stage: Stage, task: Task) -> dict[int, np.ndarray]:
         task.pairs,
         range(len(task.pairs)),
         micro_batching(task.config, stage.model.shape, stage.topology),
-        batch_size=len(task.pairs),
-        on_progress=lambda text: None,
     )
 
 

@@ -5,7 +5,6 @@ All layouts run in one set of four processes, since imports cost most.
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from reinforcer_tp.config import (
     SchedulerConfig,
 )
 from reinforcer_tp.data.packed_batch import build_packed_batch
+from reinforcer_tp.data.tokenized import TokenizedPair
 from tests.distributed.judge import sequence_logps
 
 WORLD = 4
@@ -81,7 +81,7 @@ PLANS = {
 }
 
 
-def make_pairs() -> list[SimpleNamespace]:
+def make_pairs() -> list[TokenizedPair]:
     generator = torch.Generator().manual_seed(7)
 
     def ids(count: int) -> list[int]:
@@ -89,12 +89,12 @@ def make_pairs() -> list[SimpleNamespace]:
 
     sizes = [(5, 9, 4), (12, 7, 11), (1, 1, 2), (3, 14, 1), (7, 6, 6), (2, 3, 8)]
     return [
-        SimpleNamespace(prompt=ids(p), chosen=ids(c), rejected=ids(r), weight=1.0, row=i)
+        TokenizedPair(prompt=ids(p), chosen=ids(c), rejected=ids(r), weight=1.0, row=i)
         for i, (p, c, r) in enumerate(sizes)
     ]
 
 
-def reference_logps(pair: SimpleNamespace) -> torch.Tensor:
+def reference_logps(pair: TokenizedPair) -> torch.Tensor:
     """Made-up log-probs (C + R,) of the reference model."""
     places = torch.arange(len(pair.chosen) + len(pair.rejected))
     return -4 + torch.sin(1.7 * places + pair.row)

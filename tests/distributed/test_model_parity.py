@@ -4,7 +4,6 @@ The independent side is transformers' own model in plain torch, two sequences a 
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.packed_batch import build_packed_batch
+from reinforcer_tp.data.tokenized import TokenizedPair
 from tests.distributed.judge import sequence_logps
 from tests.distributed.spawn import run_distributed
 
@@ -59,7 +59,7 @@ LAYOUTS = {  # name -> (tp, pp, sequence parallel)
 }
 
 
-def make_pairs() -> list[SimpleNamespace]:
+def make_pairs() -> list[TokenizedPair]:
     generator = torch.Generator().manual_seed(7)
 
     def ids(count: int) -> list[int]:
@@ -67,7 +67,7 @@ def make_pairs() -> list[SimpleNamespace]:
 
     sizes = [(5, 9, 4), (40, 30, 38), (1, 1, 2)]
     return [
-        SimpleNamespace(prompt=ids(p), chosen=ids(c), rejected=ids(r), weight=1.0, row=i)
+        TokenizedPair(prompt=ids(p), chosen=ids(c), rejected=ids(r), weight=1.0, row=i)
         for i, (p, c, r) in enumerate(sizes)
     ]
 

@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import LlamaConfig
 
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.packed_batch import build_packed_batch
+from reinforcer_tp.data.tokenized import TokenizedPair
 from tests.distributed.spawn import run_distributed
 
 SHAPE = {
@@ -26,14 +26,14 @@ SHAPE = {
 }
 
 
-def make_pairs() -> list[SimpleNamespace]:
+def make_pairs() -> list[TokenizedPair]:
     generator = torch.Generator().manual_seed(5)
 
     def ids(count: int) -> list[int]:
         return torch.randint(0, 67, (count,), generator=generator).tolist()
 
     return [
-        SimpleNamespace(
+        TokenizedPair(
             prompt=ids(3 + i), chosen=ids(2 + 3 * i), rejected=ids(6 - i), weight=w, row=i
         )
         for i, w in enumerate([1.0, 0.5, 0.0, 2.0])
@@ -205,7 +205,7 @@ def logps_and_gradients(sequence_parallel: bool, picks: list[int]) -> dict:
     batch = build_packed_batch(make_pairs(), divisible_by=2)
     picked = replace(batch, response_index=batch.response_index[picks], labels=batch.labels[picks])
     zero_grad(training)
-    forward_backward(stage, [picked], lambda logps, batch: (weighted_sum(logps), {}))
+    forward_backward(stage, [picked], lambda logps, entropies, batch: (weighted_sum(logps), {}))
     whole = dict(full_tensors(model, topology, of=lambda p: p.main_grad))
     return {
         "all": forward_logps(stage, [batch])[0],

@@ -139,7 +139,7 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
             load_weights(model, SafetensorsReader(folder), topology)
             cut = micro_batching(config, model.shape, topology)
             stage = open_stage(model, config.policy, topology)
-            part = micro_batches(pairs, range(len(pairs)), cut, references)
+            part = micro_batches(pairs, range(len(pairs)), cut, references.__getitem__)
             logps = {}
             for batch, found in zip(part.batches, forward_logps(stage, part.batches), strict=False):
                 sizes = batch.response_lengths.view(-1, 2).sum(1).tolist()

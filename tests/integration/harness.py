@@ -71,12 +71,16 @@ def run_train(
     """Run train.py with `key=value` overrides; `nproc=None` starts it without torchrun.
 
     `kill_when` is asked all the time; once it says so, every process dies at once (SIGKILL).
+    Without an override of `reference.*` the run has a store of its own, beside `log_dir`: what
+    another test swept must not stand in for what this one would compute.
     Output goes to files beside `log_dir`, so that an orphan holding a pipe cannot block the test.
     Nothing that this run started is alive when it returns.
     """
     command = [*launcher(nproc), str(REPOSITORY / "reinforcer_tp" / "train.py")]
     if config is not None:
         command += ["--config", str(config)]
+    if not any(override.startswith("reference.") for override in overrides):
+        overrides = [*overrides, f"reference.store_dir={log_dir}.store"]
     command += [*flags, *overrides, f"logger.log_dir={log_dir}"]
     log_dir.parent.mkdir(parents=True, exist_ok=True)
     outputs = [log_dir.parent / f"{log_dir.name}.{stream}" for stream in ("stdout", "stderr")]

@@ -76,6 +76,21 @@ def test_entropy_of_a_confident_token_is_exact(impl):
 
 
 @IMPLS
+def test_an_entropy_without_gradient_leaves_the_cache_in_use(impl):
+    operands, labels, grad, _ = make(12, 16, 300, bias=True)
+    options = {"labels": labels, "impl": impl, "cache_budget_bytes": 2**30, "return_entropy": True}
+    logps, entropy = vocab_parallel_linear_logprob(**operands, **options, entropy_grad=False)
+    assert not entropy.requires_grad and logps.grad_fn.cache is not None
+    kept = torch.autograd.grad(logps, list(operands.values()), grad)
+    expected = dense_result(labels=labels, grad_logps=grad, **operands)
+    torch.testing.assert_close(entropy.double(), expected.entropy, rtol=1e-6, atol=1e-6)
+    for name, gradient in zip(operands, kept, strict=True):
+        torch.testing.assert_close(gradient.double(), expected.grads[name], rtol=1e-4, atol=1e-5)
+    logps, _ = vocab_parallel_linear_logprob(**operands, **options)
+    assert logps.grad_fn.cache is None  # its gradient needs the logits
+
+
+@IMPLS
 def test_one_column_has_no_entropy(impl):
     operands, labels, grad, grad_entropy = make(4, 16, 1)
     logps, entropy, grads = run(operands, labels, grad, grad_entropy, impl=impl)

@@ -1,6 +1,7 @@
 """Pairs -> ids, against ids spelled out by hand, the whole text's own ids, and real tokenizers."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,18 @@ def test_overlong(mode, limit, expected):
     pieces = [part.replace("</s>", " </s>").split() for part in expected]
     assert sides(found) == tuple(ids_of(tokenizer, *part) for part in pieces)
     assert found.is_truncated is (limit < 9)
+
+
+@pytest.mark.parametrize("mode", ["truncate_prompt", "truncate_response"])
+def test_log_probs_of_the_whole_text_do_not_go_with_a_cut_one(mode):
+    pair = replace(LONG, reference=(-5.0, -6.0))
+    found = encode_pair(pair, toy_tokenizer(), overlong=mode, max_total_sequence_length=8)
+    assert found.dropped == "truncated_reference"
+    assert f"data.overlong={mode} cuts the row, but ref_chosen_logps" in found.mistake
+    fitting = encode_pair(pair, toy_tokenizer(), overlong=mode, max_total_sequence_length=9)
+    assert (fitting.dropped, fitting.is_truncated) == ("", False)
+    dropped = encode_pair(pair, toy_tokenizer(), overlong="drop", max_total_sequence_length=8)
+    assert (dropped.dropped, dropped.mistake) == ("overlong", "")
 
 
 def test_sides_that_truncation_makes_equal_are_dropped():

@@ -6,7 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from reinforcer_tp.data.packed_batch import build_packed_batch
 from reinforcer_tp.data.packing import PairCost, pair_costs
+from reinforcer_tp.data.tokenized import TokenizedPair
 from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.mcore.shape import model_shape
 
@@ -27,12 +29,13 @@ def test_flops_are_those_of_the_model():
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(length)[None]).logits.sum().backward()
     counted = counter.get_total_flops()
-    # Eager attention multiplies the whole square; we count the half that is visible.
-    attention = 3 * config.num_hidden_layers * 4 * 64 * length**2
+    # Eager attention multiplies the whole square; we count the triangle that is visible.
+    square, triangle = length**2, length * (length + 1) / 2
+    unseen = 3 * config.num_hidden_layers * 4 * 64 * (square - triangle)
     cost = pair_cost(model_shape(config))
-    ours = (cost.token + cost.response_token) * length + cost.visible_key * length**2 / 2
+    ours = (cost.token + cost.response_token) * length + cost.visible_key * triangle
     # Backward of the first layer's input (an embedding) is not needed but for one product less.
-    assert ours == pytest.approx(counted - attention / 2, rel=0.01)
+    assert ours == pytest.approx(counted - unseen, rel=0.01)
 
 
 def test_the_cost_of_a_pair_by_hand():
@@ -63,20 +66,55 @@ def test_pair_costs_count_tokens_labels_and_keys_of_the_row(shared):
     cost = PairCost(token=1e6, response_token=1e3, visible_key=1.0)
     lengths = np.array([[1, 1, 1], [prompt, chosen, rejected]], dtype=np.int32)
     costs = pair_costs(lengths, np.array([0, shared]), cost)
-    # On average half a key of its own: (n + 1/2) summed over n.
-    expected = 1e6 * len(keys) + 1e3 * (chosen + rejected) + sum(key + 0.5 for key in keys)
-    assert costs == [1e6 * 4 + 1e3 * 2 + 4.0, expected]
+    expected = 1e6 * len(keys) + 1e3 * (chosen + rejected) + sum(key + 1 for key in keys)
+    assert costs == [1e6 * 4 + 1e3 * 2 + 6.0, expected]
     assert all(type(value) is float for value in costs)
 
 
 def test_pair_costs_of_long_pairs_do_not_overflow():
     lengths = np.array([[100_000, 50_000, 60_000]], dtype=np.int32)
     cost = PairCost(token=0.0, response_token=0.0, visible_key=2.0)
-    expected = 150_000**2 + 160_000**2 - 100_000**2
+    expected = 150_000 * 150_001 + 160_000 * 160_001 - 100_000 * 100_001
     assert pair_costs(lengths, np.array([100_000]), cost) == [expected]
 
 
-def test_peak_rates_are_found_by_the_device_name():
-    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
-    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
-    assert peak_tflops("Some other card") is None
+@pytest.mark.parametrize("shared", [0, 2, 4])
+def test_visible_keys_are_those_of_the_packed_row(shared):
+    """Counted over the segments that attention runs on: the last query sees the last key."""
+    pairs = [
+        TokenizedPair(prompt=[1, 2], chosen=[3, 4, 5], rejected=[3, 4, 6, 7]),
+        TokenizedPair(prompt=[1], chosen=[2], rejected=[3]),
+    ]
+    batch = build_packed_batch(pairs, shared=[shared, 0])
+    segments = zip(batch.cu_seqlens_q.diff().tolist(), batch.cu_seqlens_kv.diff().tolist())
+    seen = sum(keys - i for queries, keys in segments for i in range(queries))
+    lengths = np.array([[2, 3, 4], [1, 1, 1]], dtype=np.int32)
+    cost = PairCost(token=0.0, response_token=0.0, visible_key=1.0)
+    assert sum(pair_costs(lengths, np.array([shared, 0]), cost)) == seen
+
+
+@pytest.mark.parametrize(
+    ("device_name", "bfloat16", "float32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA GH200 480GB", 989, 67),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 4090", 165, 82.6),
+        # Other devices, or less than one, whose names have a known one in them.
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("Some other card", None, None),
+    ],
+)
+def test_peak_rates_are_found_by_the_device_name(device_name, bfloat16, float32):
+    assert peak_tflops(device_name, "bfloat16") == bfloat16
+    assert peak_tflops(device_name, "float16") == bfloat16
+    assert peak_tflops(device_name, "float32") == float32

@@ -1,4 +1,4 @@
-"""The loss against hand-computed numbers, NeMo-RL's published ones, and the formula in float64."""
+"""The whole loss against hand-computed numbers, NeMo-RL's published ones, and its formula."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import math
 import pytest
 import torch
 
-from reinforcer_tp.loss import dpo_loss, sequence_sums
+from reinforcer_tp.loss import LossOptions, dpo_loss, sequence_sums
+from reinforcer_tp.preference_losses import LOSSES
 
-PLAIN = {
-    "beta": 0.1,
-    "preference_loss_weight": 1.0,
-    "sft_loss_weight": 0.0,
-    "preference_average_log_probs": False,
-    "sft_average_log_probs": False,
-}
+
+def loss_of_sums(policy, reference, lengths, weights, **options):
+    """`dpo_loss` of sequences given by their sums, which one token each carries."""
+    return dpo_loss(
+        policy, reference, torch.arange(len(lengths)), lengths, weights,
+        torch.zeros(len(weights)), LossOptions(**{"beta": 0.1} | options),
+    )  # fmt: skip
 
 
 def mean_loss(policy, reference, lengths, weights, **options):
     """Loss and metrics as means over the pairs of weight > 0, the way the loop reports them."""
     to = lambda x: torch.as_tensor(x, dtype=torch.float64)  # noqa: E731
-    loss, sums = dpo_loss(
-        to(policy), to(reference), torch.as_tensor(lengths), to(weights), **PLAIN | options
+    loss, sums = loss_of_sums(
+        to(policy), to(reference), torch.as_tensor(lengths), to(weights), **options
     )
     count = sums["num_pairs"]
-    return (loss / count).item(), {name: (value / count).item() for name, value in sums.items()}
+    means = {n: (x / count).item() for n, x in sums.items() if n != "sequence_logps"}
+    return (loss / count).item(), means
 
 
 # NeMo-RL's unit tests of its DPO loss (test_loss_functions.py), on logits that are all zero: each
@@ -110,7 +112,7 @@ def test_loss_and_gradient_follow_the_formula(avg_p, avg_s, wp, ws):
     lengths, weights = torch.randint(1, 9, (10,)), torch.tensor([1.0, 0.0, 2.5, 0.25, 1.0])
     policy = policy.double().requires_grad_()
     options = {"beta": 0.3, "preference_loss_weight": wp, "sft_loss_weight": ws}
-    loss, sums = dpo_loss(
+    loss, sums = loss_of_sums(
         policy, reference.double(), lengths, weights, **options,
         preference_average_log_probs=avg_p, sft_average_log_probs=avg_s,
     )  # fmt: skip
@@ -154,37 +156,86 @@ def test_a_tie_does_not_count_as_accurate():
 @pytest.mark.parametrize("margin", [-1e4, 1e4])
 def test_extreme_margins_neither_overflow_nor_lose_the_gradient(margin):
     policy = torch.tensor([margin, 0.0], requires_grad=True)
-    loss, _ = dpo_loss(policy, torch.zeros(2), torch.ones(2), torch.ones(1), **PLAIN | {"beta": 1})
+    loss, _ = loss_of_sums(policy, torch.zeros(2), torch.ones(2), torch.ones(1), beta=1.0)
     loss.backward()
     assert loss.item() == pytest.approx(max(-margin, 0.0))
     assert policy.grad.tolist() == ([-1.0, 1.0] if margin < 0 else [0.0, 0.0])
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_add_up_to_the_whole(name):
     """What lets any micro-batching and any number of ranks give one loss; empty parts included."""
-    torch.manual_seed(2)
-    policy, reference = torch.randn(12), torch.randn(12)
-    lengths, weights = torch.randint(1, 5, (12,)), torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.5])
-    whole_loss, whole = dpo_loss(policy, reference, lengths, weights, **PLAIN)
-    loss, sums = 0.0, dict.fromkeys(whole, 0.0)
-    for begin, end in ((0, 1), (1, 1), (1, 4), (4, 6)):
-        part = slice(2 * begin, 2 * end)
-        part_loss, part_sums = dpo_loss(
-            policy[part], reference[part], lengths[part], weights[begin:end], **PLAIN
-        )
-        loss += part_loss.item()
-        sums = {name: sums[name] + part_sums[name].item() for name in sums}
-    assert loss == pytest.approx(whole_loss.item(), rel=1e-6)
-    assert sums == pytest.approx({name: value.item() for name, value in whole.items()})
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 5, (12,), generator=generator)
+    sequence_id = torch.arange(12).repeat_interleave(lengths)
+    policy, reference = -torch.rand(2, int(lengths.sum()), generator=generator)
+    weights, margins = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.5]), torch.linspace(0, 1, 6)
+    ld_alpha = None if name in ("simpo", "orpo") else 0.5
+    options = LossOptions(
+        losses=((name, 1.0),), beta=0.1, sft_loss_weight=0.1, label_smoothing=0.1, ld_alpha=ld_alpha
+    )
+
+    def part(begin: int, end: int):
+        mine = (sequence_id >= 2 * begin) & (sequence_id < 2 * end)
+        leaf = policy[mine].requires_grad_()
+        loss, sums = dpo_loss(
+            leaf, reference[mine], sequence_id[mine] - 2 * begin, lengths[2 * begin : 2 * end],
+            weights[begin:end], margins[begin:end], options,
+        )  # fmt: skip
+        loss.backward()
+        return loss.item(), sums, leaf.grad
+
+    whole_loss, whole, whole_gradient = part(0, 6)
+    parts = [part(*ends) for ends in ((0, 1), (1, 1), (1, 4), (4, 6))]
+    assert sum(loss for loss, _, _ in parts) == pytest.approx(whole_loss, rel=1e-6)
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts]), whole_gradient)
+    for key, value in whole.items():
+        pieces = [sums[key] for _, sums, _ in parts]
+        joined = torch.cat(pieces) if key == "sequence_logps" else sum(pieces)
+        torch.testing.assert_close(joined, value)
 
 
 def test_an_empty_micro_batch_has_a_zero_loss_with_a_gradient():
-    logps = torch.zeros(0, requires_grad=True)
-    sums = sequence_sums(logps, torch.zeros(0, dtype=torch.int64), 0)
-    loss, metrics = dpo_loss(sums, sums.detach(), torch.zeros(0), torch.zeros(0), **PLAIN)
+    logps, none = torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    loss, metrics = loss_of_sums(logps, torch.zeros(0), none, torch.zeros(0))
     loss.backward()
     assert loss.item() == 0.0 and metrics["num_pairs"].item() == 0.0
     assert logps.grad.shape == (0,)
+
+
+def test_ld_weights_by_hand():
+    """Three chosen tokens beside one rejected: the chosen second and third count a quarter."""
+    policy = torch.tensor([-1.0, -2.0, -4.0, -1.0], requires_grad=True)
+    reference = torch.tensor([-2.0, -6.0, -8.0, -3.0])
+    options = LossOptions(beta=1.0, ld_alpha=0.25, sft_loss_weight=1.0)
+    loss, metrics = dpo_loss(
+        policy, reference, torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1]), torch.ones(1),
+        torch.zeros(1), options,
+    )  # fmt: skip
+    loss.backward()
+    assert metrics["rewards/chosen"].item() == 1 + 0.25 * (4 + 4)
+    assert metrics["rewards/rejected"].item() == 2.0
+    assert metrics["preference_loss"].item() == pytest.approx(math.log1p(math.exp(-1.0)))
+    assert metrics["sft_loss"].item() == 7.0 and metrics["logps/chosen"].item() == -7.0
+    assert metrics["sequence_logps"].tolist() == [-7.0, -1.0]
+    share = 1 / (1 + math.e)
+    expected = [-share - 1, -share / 4 - 1, -share / 4 - 1, share]
+    assert policy.grad.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_reference():
+    policy, lengths = torch.tensor([-6.0, -2.0, -3.0, -8.0]), torch.tensor([3, 2, 1, 4])
+    weights = torch.tensor([0.5, 0.0])
+    with pytest.raises(AssertionError, match="no reference"):
+        loss_of_sums(policy, None, lengths, weights, losses=(("simpo", 1.0), ("sigmoid", 1.0)))
+    loss, metrics = loss_of_sums(
+        policy, None, lengths, weights, preference_loss_weight=0.0, sft_loss_weight=2.0
+    )
+    assert loss.item() == 0.5 * 2 * 6
+    assert metrics["preference_loss"].item() == 0.0
+    assert metrics["rewards/chosen"].item() == pytest.approx(0.1 * -6 / 3)
+    assert metrics["rewards/rejected"].item() == pytest.approx(0.1 * -2 / 2)
+    assert metrics["rewards/accuracies"].item() == 0.0 and metrics["num_pairs"].item() == 1.0
 
 
 def test_sequence_sums_and_their_gradient():

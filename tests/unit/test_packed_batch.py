@@ -23,12 +23,13 @@ class Pair:
     rejected: list[int]
     weight: float = 1.0
     row: int = 0
+    margin: float = 0.0
 
 
 def test_by_hand():
     pairs = [
         Pair([11, 12, 13], [21, 22], [31], row=7),
-        Pair([14], [23], [32, 33, 34], weight=0.0, row=3),
+        Pair([14], [23], [32, 33, 34], weight=0.0, row=3, margin=-1.5),
     ]
     reference = [np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6, 0.7])]
     batch = build_packed_batch(pairs, reference_logps=reference, divisible_by=8)
@@ -43,8 +44,9 @@ def test_by_hand():
     assert batch.labels.tolist() == [21, 22, 31, 23, 32, 33, 34]
     assert batch.sequence_id.tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch.response_lengths.tolist() == [2, 1, 1, 3]
-    assert batch.reference_logps.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert batch.reference_logps.tolist() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # in float64
     assert batch.pair_weights.tolist() == [1.0, 0.0]
+    assert batch.pair_margins.tolist() == [0.0, -1.5]
     assert (batch.rows, batch.num_pairs, batch.num_tokens) == ((7, 3), 1, 15)
 
 
@@ -111,7 +113,8 @@ def test_types_are_what_attention_and_the_operator_take():
     for name in ("tokens", "position_ids", "response_index", "labels", "sequence_id"):
         assert getattr(batch, name).dtype == torch.int64, name
     assert batch.cu_seqlens_q.dtype == batch.cu_seqlens_kv.dtype == torch.int32
-    assert batch.reference_logps.dtype == batch.pair_weights.dtype == torch.float32
+    assert batch.pair_margins.dtype == batch.pair_weights.dtype == torch.float32
+    assert batch.reference_logps.dtype == torch.float64
     assert batch.reference_logps.is_contiguous()
     assert isinstance(batch.num_pairs, int) and isinstance(batch.max_seqlen_q, int)
 
@@ -237,6 +240,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
         (Pair([1], [2], [], row=9), "row 9: the rejected side has no tokens"),
         (Pair([1], [2], [3], -1.0, 9), "row 9: weight=-1.0; expected a finite number >= 0"),
         (Pair([1], [2], [3], float("nan"), 9), "row 9: weight=nan"),
+        (Pair([1], [2], [3], 1.0, 9, float("inf")), "row 9: margin=inf; expected a finite number"),
     ],
 )
 def test_a_pair_that_cannot_be_trained_on_is_named(pair, message):

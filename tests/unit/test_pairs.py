@@ -111,7 +111,7 @@ def test_shapes(name):
     row, expected = ROWS[name]
     pair = pair_from_row(row)
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
-    assert (pair.weight, pair.tie) == (1.0, False)
+    assert (pair.weight, pair.tie, pair.margin, pair.reference) == (1.0, False, 0.0, None)
     assert PreferencePair.from_json(pair.to_json()) == pair
 
 
@@ -174,6 +174,22 @@ MISTAKES = [
     (TEXT | {"weight": math.inf}, "weight", ["inf"]),
     (TEXT | {"weight": "2"}, "weight", ["'2'"]),
     (TEXT | {"weight": True}, "weight", ["True"]),
+    (TEXT | {"margin": math.nan}, "margin", ["nan", "a finite number"]),
+    (TEXT | {"margin": -math.inf}, "margin", ["-inf"]),
+    (TEXT | {"margin": 1e39}, "margin", ["1e+39"]),  # no float32
+    (TEXT | {"margin": "1"}, "margin", ["'1'"]),
+    (TEXT | {"margin": False}, "margin", ["False"]),
+    (TEXT | {"ref_chosen_logps": -1.0}, "reference_columns", ["ref_rejected_logps has no value"]),
+    (TEXT | {"ref_rejected_logps": -1.0, "ref_chosen_logps": None}, "reference_columns",
+     ["ref_chosen_logps has no value", "data.ignore_columns"]),
+    (TEXT | {"ref_chosen_logps": -1.0, "ref_rejected_logps": 0.5}, "ref_rejected_logps",
+     ["0.5", "a finite number <= 0"]),
+    (TEXT | {"ref_chosen_logps": math.nan, "ref_rejected_logps": -1.0}, "ref_chosen_logps",
+     ["nan"]),
+    (TEXT | {"ref_chosen_logps": -math.inf, "ref_rejected_logps": -1.0}, "ref_chosen_logps",
+     ["-inf"]),
+    (TEXT | {"ref_chosen_logps": [-1.0], "ref_rejected_logps": -1.0}, "ref_chosen_logps",
+     ["[-1.0]"]),
     (TEXT | {"tie": "no"}, "tie", ["'no'"]),
     (TEXT | {"tools": [{}]}, "text_row", ["tools"]),
     (CHAT | {"tools": "[{"}, "tools", ["JSON"]),
@@ -290,3 +306,11 @@ def test_weights_and_template_variables_pass():
     row = CHAT | {"weight": 0, "chat_template_kwargs": json.dumps({"enable_thinking": False})}
     pair = pair_from_row(row)
     assert (pair.weight, pair.chat_template_kwargs) == (0.0, {"enable_thinking": False})
+
+
+@given(st.floats(-3e38, 3e38), st.floats(-3e38, 0), st.floats(-3e38, 0))
+def test_margins_and_reference_log_probs_pass_exactly(margin, chosen, rejected):
+    row = TEXT | {"margin": margin, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    pair = pair_from_row(row)
+    assert (pair.margin, pair.reference) == (margin, (chosen, rejected))
+    assert PreferencePair.from_json(pair.to_json()) == pair

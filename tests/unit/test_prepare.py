@@ -3,20 +3,24 @@
 import gzip
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reinforcer_tp.data import TokenizedPair, TokenizedSet, format_report, handover, prepare_data
 from reinforcer_tp.data import tokenize_set as tokenize_set_module
 from reinforcer_tp.data.chat import EncodeOptions
+from reinforcer_tp.data.packed_batch import build_packed_batch
 from reinforcer_tp.data.pairs import TaskDataSpec
 from reinforcer_tp.data.tokenize_set import SetOptions, tokenize_set
 from tests.unit.toy_tokenizer import CHATML, ids_of, toy_tokenizer
@@ -39,6 +43,10 @@ def jsonl(path: Path, rows: list[dict]) -> str:
 
 def text_row(index: int, **extra) -> dict:
     return {"prompt": f"{index}? ", "chosen": f"yes {index}", "rejected": "no", **extra}
+
+
+def reference(chosen: float, rejected: float) -> dict:
+    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
 def prepare(config: dict, **kwargs):
@@ -125,16 +133,65 @@ def test_ids_rows_weights_and_order(tmp_path):
 def test_sets_in_memory_and_on_disk_are_the_same(tmp_path):
     pairs = [
         TokenizedPair(prompt=[1], chosen=[2, 3], rejected=[4], weight=0.5, row=7),
-        TokenizedPair(prompt=[5, 6], chosen=[7], rejected=[8, 9, 10]),
+        TokenizedPair(prompt=[5, 6], chosen=[7], rejected=[8, 9, 10], margin=-0.25),
     ]
-    made = TokenizedSet.from_pairs(pairs)
-    made.save(tmp_path)
-    assert list(made) == list(TokenizedSet.open(tmp_path)) == pairs
-    assert len(TokenizedSet.from_pairs([])) == 0
+    with_reference = [
+        replace(pairs[0], reference=(-0.1, -7e5)),
+        replace(pairs[1], reference=(0, -1)),
+    ]
+    for expected in (pairs, with_reference):
+        made = TokenizedSet.from_pairs(expected)
+        made.save(tmp_path)
+        opened = TokenizedSet.open(tmp_path)
+        assert list(made) == list(opened) == expected
+        assert made.has_reference is opened.has_reference is (expected is with_reference)
+    assert len(TokenizedSet.from_pairs([])) == 0 and not TokenizedSet.from_pairs([]).has_reference
+    with pytest.raises(AssertionError, match="all pairs or none"):
+        TokenizedSet.from_pairs([pairs[0], with_reference[1]])
+
+
+def test_a_set_without_margins_and_reference():
+    """As arrays of tokens alone make it."""
+    made = TokenizedSet(
+        tokens=np.arange(7, dtype=np.int32),
+        lengths=np.array([[1, 1, 1], [1, 2, 1]], np.int32),
+        weights=np.ones(2, np.float32),
+        rows=np.arange(2),
+    )
+    assert made.margins.tolist() == [0.0, 0.0] and made.margins.dtype == np.float32
+    assert np.isnan(made.reference_sums).all() and made.reference_sums.shape == (2, 2)
+    assert made[1] == TokenizedPair(prompt=[3], chosen=[4, 5], rejected=[6], row=1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3000), st.integers(1, 9), st.floats(-1e6, 0), st.floats(-1e6, 0)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_reference_sums_are_spread_over_their_own_responses(sizes):
+    pairs = TokenizedSet.from_pairs(
+        TokenizedPair(prompt=[1], chosen=[2] * c, rejected=[3] * r, reference=(chosen, rejected))
+        for c, r, chosen, rejected in sizes
+    )
+    for index, (c, r, *sums) in enumerate(sizes):
+        logps = pairs.reference_logps(index)
+        assert (logps.shape, logps.dtype) == ((c + r,), np.float64)
+        sides = logps[:c], logps[c:]
+        assert [math.fsum(side) for side in sides] == pytest.approx(sums, rel=3e-16, abs=1e-300)
+        assert all((side == side[0]).all() for side in sides)
+    batch = build_packed_batch(
+        list(pairs), reference_logps=[pairs.reference_logps(i) for i in range(len(pairs))]
+    )
+    found = torch.zeros(2 * len(pairs), dtype=torch.float64)
+    found.index_add_(0, batch.sequence_id, batch.reference_logps)
+    assert found.tolist() == pytest.approx(pairs.reference_sums.ravel().tolist(), rel=1e-12)
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
     rows = [row for i in range(40) for row in (text_row(i), text_row(i, chosen="no"), FATES[2][0])]
+    rows = [row | reference(-i / 7, -1.0) | {"margin": i / 3} for i, row in enumerate(rows)]
     folders = []
     for workers in (1, 3):
         path, _ = run_set(rows, tmp_path / str(workers), num_workers=workers)
@@ -152,6 +209,9 @@ def test_the_key_follows_what_decides_the_arrays(tmp_path):
         "as it is": {},
         "rows": {"rows": [text_row(1), *rows[1:]]},
         "weight": {"rows": [text_row(0, weight=2), *rows[1:]]},
+        "margin": {"rows": [text_row(0, margin=2), *rows[1:]]},
+        "reference": {"rows": [row | reference(-1.0, -2.0) for row in rows]},
+        "its numbers": {"rows": [row | reference(-1.0, -2.5) for row in rows]},
         "place": {"rows": [rows[1], rows[0], rows[2]]},
         "tokenizer": {"tokenizer": toy_tokenizer(chat_template=CHATML)},
         "template": {"tokenizer": toy_tokenizer(chat_template=CHATML + "x", adds_bos=True)},

@@ -111,6 +111,8 @@ def report_of(pairs, batches, **changes):
         "boundary_mismatches": 0,
         "ties_kept": 0,
         "zero_weight": 0,
+        "margins": None,
+        "has_reference": False,
         "tokens": {"prompt": 1, "chosen": 1, "rejected": 1},
         "longest": {"sequence": 1},
     }

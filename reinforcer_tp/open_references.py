@@ -1,0 +1,169 @@
+"""The policy's stage, and where its reference log-probs come from (`reference.mode`)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reinforcer_tp.config import Config, ConfigError
+from reinforcer_tp.data.prepare import TokenizedSet
+from reinforcer_tp.inputs import Inputs
+from reinforcer_tp.loop import PairSet, micro_batching, train_rows, validation_batches
+from reinforcer_tp.mcore.checkpoint import read_state
+from reinforcer_tp.mcore.model import build_model
+from reinforcer_tp.mcore.schedule import Stage, open_stage
+from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.weights import load_weights
+from reinforcer_tp.metrics import Progress
+from reinforcer_tp.reference.fill import Filled, Wanted, digest_reference, fill, store_root
+from reinforcer_tp.reference.keys import ReferenceKey, numerics
+from reinforcer_tp.reference.store import ReferenceStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What the loop needs of policy and reference."""
+
+    stage: Stage  # of the policy, with the weights of policy.model_name
+    resident: Stage | None  # of the reference, where it runs each step
+    train_set: PairSet
+    validation_set: PairSet | None
+    digest: str | None  # of the reference's weights; None = no model of ours is read
+    seconds: float  # of hashing, reading and sweeping; building models is not in it
+    num_tokens: int  # that the reference computed
+    is_policy: bool  # the reference is the policy as it is now
+
+
+class _Models:
+    """Policy and reference, built when first asked for: what is in the store needs no reference."""
+
+    def __init__(self, config: Config, inputs: Inputs, topology: Topology) -> None:
+        self._config, self._inputs, self._topology = config, inputs, topology
+        self._policy: Stage | None = None
+        self._reference: Stage | None = None
+        self.build_s = 0.0
+
+    def policy(self) -> Stage:
+        self._reference = None  # two models are held by reference.mode=resident alone
+        if self._policy is None:
+            self._policy = self.build(self._inputs.files)
+        return self._policy
+
+    def reference(self) -> Stage:
+        if self._inputs.reference_files is None:
+            return self.policy()
+        if self._reference is None:
+            self._reference = self.build(self._inputs.reference_files)
+        return self._reference
+
+    def build(self, files: Any) -> Stage:
+        begin = time.perf_counter()
+        policy, topology = self._config.policy, self._topology
+        model = build_model(files.hf_config, policy, topology)
+        load_weights(model, files.reader, topology)
+        self.build_s += time.perf_counter() - begin
+        return open_stage(model, policy, topology)
+
+
+def open_references(
+    config: Config, inputs: Inputs, topology: Topology, progress: Progress
+) -> References:
+    """Reads, sweeps or loads the reference. Collective; no checkpoint is loaded yet.
+
+    Raises, alike on every rank:
+        ConfigError: the checkpoint to go on from was trained against another reference.
+        NonFiniteError, StoreError, ValueError: as `reference.fill.fill`.
+    """
+    begin, mode = time.perf_counter(), config.reference.mode
+    models = _Models(config, inputs, topology)
+    files = inputs.reference_files or inputs.files
+    sets = {"training": inputs.data.train, "validation": inputs.data.validation}
+    swept = [p for p in sets.values() if p is not None and not p.has_reference]
+    needs_model = mode != "none" and bool(swept)
+    digest = digest_reference(files, topology) if needs_model else None
+    _check_resumed(inputs.checkpoint, digest)
+    opened, num_tokens = {}, 0
+    for name, pairs in sets.items():
+        if pairs is None:
+            opened[name] = None
+        elif pairs.has_reference:
+            opened[name] = PairSet(
+                pairs=pairs, reference=pairs.reference_logps, token_reference=False
+            )
+            progress.message(f"reference, {name}: {len(pairs)} pairs bring their log-probs")
+        elif mode == "store":
+            key = ReferenceKey(digest, numerics(config.policy.precision))
+            store = ReferenceStore(store_root(config.reference), key, model=str(files.folder))
+            wanted = _wanted(config, inputs, name, pairs, topology)
+            filled = _fill(config, store, wanted, models.reference, topology, progress)
+            opened[name] = PairSet(pairs=pairs, reference=filled.values.__getitem__)
+            num_tokens += filled.num_tokens
+        else:
+            opened[name] = PairSet(pairs=pairs, reference=None)
+    seconds = time.perf_counter() - begin - models.build_s
+    stage = models.policy()
+    return References(
+        stage=stage,
+        resident=models.build(files) if mode == "resident" else None,
+        train_set=opened["training"],
+        validation_set=opened["validation"],
+        digest=digest,
+        seconds=seconds,
+        num_tokens=num_tokens,
+        is_policy=(
+            mode != "none" and inputs.reference_files is None and not sets["training"].has_reference
+        ),
+    )
+
+
+def _check_resumed(checkpoint: Path | None, digest: str | None) -> None:
+    """A model folder that was written over would become the reference of a resumed run."""
+    if checkpoint is None:
+        return
+    before = read_state(checkpoint).get("reference")
+    if before is not None and digest is not None and before != digest:
+        raise ConfigError(
+            f"the reference's weights have changed since {checkpoint} was written (digest "
+            f"{before[:12]} there, {digest[:12]} now): was the folder of policy.model_name or "
+            "reference.model_name written over? Put it back, or choose another logger.log_dir"
+        )
+
+
+def _wanted(
+    config: Config, inputs: Inputs, name: str, pairs: TokenizedSet, topology: Topology
+) -> Wanted:
+    """The pairs that this run will read, each once."""
+    if name == "training":
+        steps = range(inputs.start_step + 1, inputs.total_steps + 1)
+        batches = (train_rows(config, len(pairs), step) for step in steps)
+    else:
+        batches = validation_batches(config, len(pairs))
+    rows = sorted({row for batch in batches for row in batch})
+    cut = micro_batching(config, inputs.files.shape, topology, is_validation=name == "validation")
+    return Wanted(name=name, pairs=pairs, rows=tuple(rows), cut=cut)
+
+
+def _fill(
+    config: Config,
+    store: ReferenceStore,
+    wanted: Wanted,
+    open_reference: Callable[[], Stage],
+    topology: Topology,
+    progress: Progress,
+) -> Filled:
+    filled = fill(
+        store,
+        wanted,
+        open_reference,
+        topology,
+        progress,
+        max_tokens=config.reference.micro_batch_tokens,
+        pairs_a_call=config.policy.train_global_batch_size,
+    )
+    total = filled.num_read + filled.num_swept
+    progress.message(
+        f"reference, {wanted.name}: {filled.num_read:,} of {total:,} pairs were in the store, "
+        f"{filled.num_tokens:,} tokens computed"
+    )
+    return filled

@@ -1,0 +1,192 @@
+"""What a run reads of the store, and the sweep of what is not there yet."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from reinforcer_tp.data.micro_batches import MicroBatching
+from reinforcer_tp.data.prepare import TokenizedSet
+from reinforcer_tp.embedded import default_cache_root
+from reinforcer_tp.mcore.schedule import Stage
+from reinforcer_tp.mcore.shape import model_shape
+from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.weights import hf_tensors
+from reinforcer_tp.reference.keys import reference_digest, tensor_digests
+from reinforcer_tp.reference.store import ReferenceStore, StoreError
+from reinforcer_tp.reference.sweep import NonFiniteError, sweep, sweep_batching
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Pairs whose log-probs a run reads."""
+
+    name: str  # training | validation
+    pairs: TokenizedSet
+    rows: tuple[int, ...]  # indices into `pairs`, none twice
+    cut: MicroBatching  # as training or validation packs them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """Log-probs on the last stage, {} elsewhere, and what they cost."""
+
+    values: dict[int, np.ndarray]  # index -> (C + R,) float32, chosen then rejected
+    num_read: int  # pairs found in the store
+    num_swept: int  # pairs that were not there
+    num_tokens: int  # that the reference computed, laid out as they were packed
+
+
+def digest_reference(files: Any, topology: Topology) -> str:
+    """Hash (64 hex digits) of what decides the reference's log-probs but its dtype. Collective.
+
+    `files` are hf_files.ModelFiles. Each rank reads its share of the tensors.
+    """
+    names = sorted(hf_tensors(files.shape))
+    parts: list = [None] * topology.world_size
+    own = tensor_digests(files.reader, names[topology.rank :: topology.world_size])
+    dist.all_gather_object(parts, own)
+    return reference_digest({k: v for part in parts for k, v in part.items()}, maths_of(files))
+
+
+def maths_of(files: Any) -> dict[str, Any]:
+    """What besides its tensors decides the numbers of a model's forward pass, as JSON."""
+    shape = dataclasses.asdict(model_shape(files.hf_config))
+    for name in ("initializer_range", "max_positions"):  # of random weights; of a check
+        del shape[name]
+    return shape | {"rope": dict(files.hf_config.rope_parameters)}
+
+
+def fill(
+    store: ReferenceStore,
+    wanted: Wanted,
+    open_reference: Callable[[], Stage],
+    topology: Topology,
+    progress: Any,  # progress.Progress
+    *,
+    max_tokens: int | None,  # of a row of the sweep; None = 4 times training's
+    pairs_a_call: int,
+) -> Filled:
+    """The log-probs of `wanted`, swept first where the store lacks them. Collective.
+
+    `open_reference` gives the stage that holds the reference's weights; it is called on every rank,
+    and only when there is something to sweep.
+
+    Raises, alike on every rank:
+        NonFiniteError: a log-prob is not finite.
+        StoreError: the store cannot be written, or is not the same folder on every node.
+    """
+    missing = _missing(store, wanted, topology, progress)
+    num_tokens = 0
+    if len(missing):
+        lengths = wanted.pairs.lengths()[missing]
+        _together(lambda: store.check_space(int(lengths[:, 1:].sum(dtype=np.int64))), topology)
+        longest = int((lengths[:, 0] * 2 + lengths[:, 1] + lengths[:, 2]).max())
+        cut = sweep_batching(wanted.cut, max_tokens, longest)
+        num_tokens = _sweep(
+            store, dataclasses.replace(wanted, rows=tuple(missing.tolist()), cut=cut),
+            open_reference(), progress, pairs_a_call,
+        )  # fmt: skip
+    values: dict[int, np.ndarray] = {}
+
+    def read() -> None:
+        nonlocal values
+        values, _ = store.read(wanted.pairs, wanted.rows)
+        if len(values) < len(wanted.rows):
+            raise StoreError(
+                f"rank {topology.rank} finds {len(values)} of {len(wanted.rows)} pairs in "
+                f"{store.folder}, which rank 0 says are there; reference.store_dir must be one "
+                "folder that every node sees"
+            )
+
+    _together(read if topology.is_last_stage else lambda: None, topology)
+    return Filled(
+        values=values,
+        num_read=len(wanted.rows) - len(missing),
+        num_swept=len(missing),
+        num_tokens=num_tokens,
+    )
+
+
+def _missing(
+    store: ReferenceStore, wanted: Wanted, topology: Topology, progress: Any
+) -> np.ndarray:
+    """Rows that the store lacks, as rank 0 sees it: every rank must sweep alike."""
+    answer: list = [None]
+
+    def look() -> None:
+        found, damaged = store.read(wanted.pairs, wanted.rows)
+        for line in damaged:
+            progress.message(f"reference, {wanted.name}: {line}")
+        answer[0] = [row for row in wanted.rows if row not in found]
+
+    _together(look if topology.is_rank_zero else lambda: None, topology)
+    dist.broadcast_object_list(answer, src=0)
+    return np.asarray(answer[0], np.int64)
+
+
+def _sweep(
+    store: ReferenceStore, wanted: Wanted, stage: Stage, progress: Any, pairs_a_call: int
+) -> int:
+    """Writes what is swept, each data-parallel rank its own shards; returns the tokens."""
+    topology = stage.topology
+    writes = topology.is_last_stage and topology.tp_rank == 0
+    bar = progress.track(f"reference, {wanted.name}", len(wanted.rows))
+    done, num_tokens, begin = 0, 0, time.perf_counter()
+    with store.writer() if writes else nullcontext() as writer:
+        for num_pairs, tokens, found in sweep(
+            stage, wanted.pairs, wanted.rows, wanted.cut, pairs_a_call=pairs_a_call
+        ):
+
+            def keep(found: Mapping[int, np.ndarray] = found) -> None:
+                for index, logps in found.items():
+                    pair = wanted.pairs[index]
+                    _check_finite(pair, logps, wanted.name, topology.rank)
+                    if writer is not None:
+                        writer.add(pair, logps)
+
+            _together(keep, topology)
+            done, num_tokens = done + num_pairs, num_tokens + tokens
+            rate = num_tokens / (time.perf_counter() - begin)
+            bar.advance(done, f"{rate:,.0f} tokens/s")
+        _together(writer.flush if writes else lambda: None, topology)
+    bar.close()
+    return num_tokens
+
+
+def _check_finite(pair: Any, logps: np.ndarray, name: str, rank: int) -> None:
+    if np.isfinite(logps).all():
+        return
+    side = "rejected" if np.isfinite(logps[: len(pair.chosen)]).all() else "chosen"
+    raise NonFiniteError(
+        f"the reference's log-probs of the {name} pair of source row {pair.row}, {side} side, are "
+        f"not finite (rank {rank}); look at the weights of the reference model, at the row, or use "
+        "policy.precision=bfloat16 where float16 overflows"
+    )
+
+
+def _together(action: Callable[[], None], topology: Topology) -> None:
+    """Runs `action`; an error of one rank is raised on all: the others would wait for it."""
+    mine: Exception | None = None
+    try:
+        action()
+    except (NonFiniteError, StoreError, ValueError) as error:
+        mine = error
+    texts: list = [None] * topology.world_size
+    kinds = {NonFiniteError: "numbers", StoreError: "store"}
+    dist.all_gather_object(texts, mine and (kinds.get(type(mine), "value"), str(mine)))
+    first = next((text for text in texts if text is not None), None)
+    if first is not None:
+        errors = {"numbers": NonFiniteError, "store": StoreError, "value": ValueError}
+        raise errors[first[0]](first[1]) from mine
+
+
+def store_root(section: Any) -> Path:
+    """`reference.store_dir`, or its place in the cache."""
+    return Path(section.store_dir or default_cache_root() / "reference").expanduser()

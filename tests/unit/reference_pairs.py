@@ -1,0 +1,116 @@
+"""Pairs whose log-probs anyone can recompute, and a process that dies while it stores them.
+
+Imports no torch, so that the tests that start many processes stay short.
+"""
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reinforcer_tp.reference import shards, store
+from reinforcer_tp.reference.keys import pair_key
+from reinforcer_tp.reference.store import ReferenceKey, ReferenceStore, StoreError
+
+KEY = ReferenceKey("5a" * 32, "float32-v1")
+SHARD_PAIRS = 4
+
+
+class Pair(NamedTuple):
+    """As much of a TokenizedPair as the store looks at."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    row: int = 0
+
+
+def pair(row: int) -> Pair:
+    """The pair of `row`; 1 to 5 tokens on a side."""
+    generator = np.random.default_rng(row)
+    sides = (generator.integers(0, 50_000, size).tolist() for size in generator.integers(1, 6, 3))
+    return Pair(*sides, row)
+
+
+def true_logps(of: Pair) -> np.ndarray:
+    """(C + R,) float32: a function of the ids alone."""
+    generator = np.random.default_rng(np.frombuffer(pair_key(of), np.uint64))
+    size = len(of.chosen) + len(of.rejected)
+    return -generator.exponential(2.0, size).astype(np.float32)
+
+
+def fill(folder: Path, rows: Iterable[int]) -> None:
+    with ReferenceStore(folder, KEY, model="/models/m").writer() as writer:
+        for row in rows:
+            writer.add(pair(row), true_logps(pair(row)))
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HalfWritten:
+    """An open file that dies with half of the first write on the disk."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        assert mode == "xb"
+        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+    def __enter__(self) -> "HalfWritten":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, content: bytes) -> None:
+        os.write(self.handle, content[: len(content) // 2])
+        die()
+
+
+def after(function: Callable) -> Callable:
+    def wrapped(*arguments):
+        function(*arguments)
+        die()
+
+    return wrapped
+
+
+# Where a writer dies -> (module or builtin that is replaced, its name, by what).
+POINTS = {
+    "before the file": (shards.secrets, "token_hex", die),
+    "half of the file": (shards, "open", HalfWritten),
+    "before the sync": (shards.os, "fsync", die),
+    "before the rename": (shards.os, "replace", die),
+    "after the rename": (shards.os, "replace", after(os.replace)),
+}
+
+
+def main(folder: str, what: str, first: str, last: str) -> None:
+    """Stores pairs `first` to `last`; dies at the point `what` of the second shard, if it is one.
+
+    `what` "description: POINT" dies while reference.json is written, "full" has no room for more
+    than 300 bytes in a file.
+    """
+    store.SHARD_PAIRS = SHARD_PAIRS
+    rows = range(int(first), int(last))
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+    elif what.startswith("description: "):
+        setattr(*POINTS[what.removeprefix("description: ")])
+    elif what in POINTS:
+        fill(Path(folder), rows[:SHARD_PAIRS])
+        setattr(*POINTS[what])
+        rows = rows[SHARD_PAIRS:]
+    try:
+        fill(Path(folder), rows)
+    except StoreError as error:
+        print(error)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
