@@ -22,13 +22,14 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.measure import RESULTS, append_rows, machine, statistics
+from reinforcer_tp.batches import micro_batching
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
 from reinforcer_tp.data.prepare import prepare_data
 from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import ensure_embedded
-from reinforcer_tp.loop import local_sums, loss_function, micro_batching
+from reinforcer_tp.loop import local_sums, loss_function
 from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
 from reinforcer_tp.mcore.schedule import forward_backward, open_stage

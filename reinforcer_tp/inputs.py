@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from reinforcer_tp.batches import num_steps
 from reinforcer_tp.config import Config, ConfigError, fingerprint
 from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
 from reinforcer_tp.data.prepare import PreparedData, TokenizedSet, prepare_data
@@ -22,7 +23,6 @@ from reinforcer_tp.hf_files import (
     check_vocabulary,
     open_model,
 )
-from reinforcer_tp.loop import num_steps
 from reinforcer_tp.loss import LossOptions, uses_margins
 from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
 from reinforcer_tp.mcore.model import choose_layer_spec

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
 from reinforcer_tp.config import Config, fingerprint
 from reinforcer_tp.config_check import METRICS
-from reinforcer_tp.data.loader import (
-    global_batch_rows,
-    steps_per_epoch,
-    validation_batch_rows,
-)
-from reinforcer_tp.data.micro_batches import MicroBatches, MicroBatching, micro_batches
+from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
@@ -46,10 +41,8 @@ from reinforcer_tp.mcore.schedule import (
     forward_logps,
     reduce_metrics,
 )
-from reinforcer_tp.mcore.shape import ModelShape
-from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
-from reinforcer_tp.reference.sweep import NonFiniteError
+from reinforcer_tp.nonfinite import NonFiniteError, blame
 from reinforcer_tp.throughput import Throughput, step_rates
 
 MEANS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
@@ -83,56 +76,6 @@ class Run:
     reference_s: float  # seconds of reading and sweeping, reported with the first step
     reference_tokens: int  # that the sweep computed, likewise
     starts_at_reference: bool  # before the first step the policy's weights are the reference's
-
-
-def num_steps(config: Config, num_pairs: int) -> int:
-    """Optimizer steps of the whole run. Raises ValueError when there is no whole global batch."""
-    steps = config.dpo.max_num_epochs * steps_per_epoch(
-        num_pairs, config.policy.train_global_batch_size
-    )
-    limit = config.dpo.max_num_steps
-    return steps if limit is None else min(steps, limit)
-
-
-def train_rows(config: Config, num_pairs: int, step: int) -> list[int]:
-    """Indices of the pairs of optimizer step `step` (from 1)."""
-    return global_batch_rows(
-        num_pairs,
-        config.policy.train_global_batch_size,
-        seed=config.dpo.seed,
-        step=step - 1,
-        shuffle=config.data.shuffle,
-    )
-
-
-def validation_batches(config: Config, num_pairs: int) -> list[list[int]]:
-    """Indices of the pairs of each validation batch."""
-    dpo = config.dpo
-    return list(
-        validation_batch_rows(num_pairs, dpo.val_global_batch_size, max_batches=dpo.val_batches)
-    )
-
-
-def micro_batching(
-    config: Config, shape: ModelShape, topology: Topology, *, is_validation: bool = False
-) -> MicroBatching:
-    """How this run cuts global batches."""
-    policy, megatron = config.policy, config.policy.megatron_cfg
-    max_pairs = policy.train_micro_batch_size
-    if is_validation and config.dpo.val_micro_batch_size is not None:
-        max_pairs = config.dpo.val_micro_batch_size
-    return MicroBatching(
-        max_tokens=policy.micro_batch_tokens,
-        max_pairs=max_pairs,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
-        divisible_by=topology.tp_size if megatron.sequence_parallel else 1,
-        equal_rows=topology.pp_size > 1,
-        share=config.data.share,
-        # Rows of one length cost the same: there the fewest tokens in the longest one count.
-        cost=None if topology.pp_size > 1 else pair_cost(shape),
-        count_multiple=topology.micro_batch_multiple,
-    )
 
 
 def loss_function(config: Config, *, token_reference: bool = True) -> LossFunction:
@@ -172,7 +115,7 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         losses=[name for name, _ in options.losses],
         averages=options.preference_average_log_probs,
     )
-    throughput = Throughput()
+    throughput = Throughput(run.reference_s)
     latest: dict[str, float] = {}
     if validates and dpo.val_at_start and start_step == 0:
         latest |= evaluate(run, step=0)
@@ -225,13 +168,13 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     sums = reduce_metrics(local_sums(reports), SUMS, stage.topology)  # waits for the device
     after_compute = time.perf_counter()
     if not np.isfinite(sums["loss"]):
-        raise NonFiniteError(_blame(step, "loss", reports, part.batches, stage))
+        raise NonFiniteError(blame(step, "loss", reports, part.batches, stage.topology))
     if step == 1 and run.starts_at_reference and config.dpo.first_step_check != "off":
         _gate(run, rows, part, reports)
     before_optimizer = time.perf_counter()
     was_updated, grad_norm = optimizer_step(run.training)
     if not was_updated and config.policy.precision != "float16":
-        raise NonFiniteError(_blame(step, "gradient norm", reports, part.batches, stage))
+        raise NonFiniteError(blame(step, "gradient norm", reports, part.batches, stage.topology))
 
     end = time.perf_counter()
     metrics = _means(sums) | {
@@ -371,44 +314,6 @@ def _peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _blame(
-    step: int,
-    what: str,
-    reports: Sequence[Mapping[str, torch.Tensor]],
-    batches: Sequence[PackedBatch],
-    stage: Stage,
-) -> str:
-    """Rank, micro-batch, pair and side wherever a log-prob is not finite. Collective."""
-    local = [
-        f"rank {stage.topology.rank}, micro-batch {i}, {_culprits(report, batch)}"
-        for i, (report, batch) in enumerate(zip(reports, batches, strict=False))
-        if not np.isfinite(report["loss"].item())
-    ]
-    everyone: list = [None] * stage.topology.world_size
-    dist.all_gather_object(everyone, local)
-    places = list(dict.fromkeys(place for part in everyone for place in part))
-    where = "; ".join(places) or "no single micro-batch: every loss is finite, the gradient is not"
-    return (
-        f"step {step}: the {what} is not finite ({where}). The weights of step {step - 1} are "
-        "untouched; lower policy.megatron_cfg.optimizer.lr, or look at the rows and at the "
-        "model's weights"
-    )
-
-
-def _culprits(report: Mapping[str, torch.Tensor], batch: PackedBatch) -> str:
-    is_bad = (~report["sequence_logps"].isfinite()).view(-1, 2).tolist()
-    sides = [
-        f"source row {row} {side}"
-        for row, bad in zip(batch.rows, is_bad, strict=True)
-        for side, is_bad_side in zip(("chosen", "rejected"), bad, strict=True)
-        if is_bad_side
-    ]
-    if not sides:
-        return f"log-probs are finite in source rows {list(batch.rows)}, the loss is not"
-    more = f" and {len(sides) - 4} more" if len(sides) > 4 else ""
-    return f"log-probs of {', '.join(sides[:4])}{more}"
 
 
 def _save(run: Run, step: int, metrics: dict[str, float]) -> None:

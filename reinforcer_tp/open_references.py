@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
 from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.inputs import Inputs
-from reinforcer_tp.loop import PairSet, micro_batching, train_rows, validation_batches
+from reinforcer_tp.loop import PairSet
 from reinforcer_tp.mcore.checkpoint import read_state
 from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.schedule import Stage, open_stage

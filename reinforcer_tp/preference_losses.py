@@ -98,27 +98,28 @@ def robust(pairs: Pairs, options: LossOptions) -> Tensor:
 
 
 def hinge(pairs: Pairs, options: LossOptions) -> Tensor:
-    """max(0, 1 - (beta delta - m)). arXiv:2309.06657 (RSO), after SLiC's."""
+    """max(0, 1 - (beta delta - m)). arXiv:2309.06657 (RSO), from SLiC."""
     return torch.relu(1 - _logits(pairs, options))
 
 
 def ipo(pairs: Pairs, options: LossOptions) -> Tensor:
     """(delta' - 1 / (2 beta))^2, delta' of scores per token. Eq. 17, arXiv:2310.12036.
 
-    The paper writes sums over tokens; the mean is TRL's convention, agreed with its authors.
+    The paper writes sums over tokens; the mean over tokens is TRL's convention, so that
+    one beta fits responses of any length.
     """
     delta = _difference(pairs.scores / pairs.lengths)
     return (delta.clamp(-_MAX_IPO_DELTA, _MAX_IPO_DELTA) - 1 / (2 * options.beta)) ** 2
 
 
 def apo_zero(pairs: Pairs, options: LossOptions) -> Tensor:
-    """1 - sigmoid(beta r_chosen) + sigmoid(beta r_rejected). Eq. 7, arXiv:2408.06266."""
+    """1 - sigmoid(beta r_chosen) + sigmoid(beta r_rejected). Eq. 7, arXiv:2408.06266, plus 1."""
     chosen, rejected = _rewards(pairs, options)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down(pairs: Pairs, options: LossOptions) -> Tensor:
-    """sigmoid(beta r_chosen) + 1 - sigmoid(beta (r_chosen - r_rejected)). Eq. 8 there."""
+    """sigmoid(beta r_chosen) + 1 - sigmoid(beta (r_chosen - r_rejected)). Eq. 8 there, plus 1."""
     chosen, rejected = _rewards(pairs, options)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 

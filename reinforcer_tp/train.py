@@ -119,7 +119,7 @@ def prepare_and_train(config: Config) -> int:
     quiet_libraries()
     from reinforcer_tp.first_step import FirstStepError
     from reinforcer_tp.inputs import open_inputs
-    from reinforcer_tp.loop import NonFiniteError
+    from reinforcer_tp.nonfinite import NonFiniteError
     from reinforcer_tp.reference.store import StoreError
 
     try:
@@ -227,8 +227,8 @@ def run(config: Config, inputs: Inputs) -> None:
 
 def with_token_savings(config: Config, inputs: Inputs, topology: Any) -> dict[str, Any]:
     """The data report with what packing and sharing save in training."""
+    from reinforcer_tp.batches import micro_batching, train_rows
     from reinforcer_tp.data.token_report import token_report
-    from reinforcer_tp.loop import micro_batching, train_rows
 
     pairs, report = inputs.data.train, inputs.data.report
     steps = range(1, inputs.total_steps + 1)

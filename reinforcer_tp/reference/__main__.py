@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.reference.prune import remove, waste, whole_reference
@@ -121,7 +122,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     console = _console()
     problems: list[str] = []
     for folder in choose(arguments.store, None):
-        table = Table(title=folder.name, box=SIMPLE, show_header=False, title_justify="left")
+        table = Table(box=SIMPLE, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         try:
@@ -129,8 +130,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         except ValueError as error:  # of reference.json: nothing else can be judged
             problems.append(str(error))
             continue
-        for row in rows:
-            table.add_row(*row)
+        for name, value in rows:
+            table.add_row(name, Text(value))
+        console.print(folder.name, markup=False)
         console.print(table)
         problems += damaged
     for line in problems:

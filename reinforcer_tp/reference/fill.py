@@ -18,9 +18,10 @@ from reinforcer_tp.mcore.schedule import Stage
 from reinforcer_tp.mcore.shape import model_shape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.mcore.weights import hf_tensors
+from reinforcer_tp.nonfinite import NonFiniteError
 from reinforcer_tp.reference.keys import reference_digest, tensor_digests
 from reinforcer_tp.reference.store import ReferenceStore, StoreError
-from reinforcer_tp.reference.sweep import NonFiniteError, sweep, sweep_batching
+from reinforcer_tp.reference.sweep import sweep, sweep_batching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,26 +138,25 @@ def _sweep(
     """Writes what is swept, each data-parallel rank its own shards; returns the tokens."""
     topology = stage.topology
     writes = topology.is_last_stage and topology.tp_rank == 0
-    bar = progress.track(f"reference, {wanted.name}", len(wanted.rows))
     done, num_tokens, begin = 0, 0, time.perf_counter()
-    with store.writer() if writes else nullcontext() as writer:
-        for num_pairs, tokens, found in sweep(
-            stage, wanted.pairs, wanted.rows, wanted.cut, pairs_a_call=pairs_a_call
-        ):
+    with (
+        store.writer() if writes else nullcontext() as writer,
+        progress.track(f"reference, {wanted.name}", len(wanted.rows)) as bar,
+    ):
+        passes = sweep(stage, wanted.pairs, wanted.rows, wanted.cut, pairs_a_call=pairs_a_call)
+        for num_pairs, tokens, found in passes:
 
             def keep(found: Mapping[int, np.ndarray] = found) -> None:
                 for index, logps in found.items():
                     pair = wanted.pairs[index]
                     _check_finite(pair, logps, wanted.name, topology.rank)
-                    if writer is not None:
+                    if writes:
                         writer.add(pair, logps)
 
             _together(keep, topology)
             done, num_tokens = done + num_pairs, num_tokens + tokens
-            rate = num_tokens / (time.perf_counter() - begin)
-            bar.advance(done, f"{rate:,.0f} tokens/s")
+            bar.advance(done, f"{num_tokens / (time.perf_counter() - begin):,.0f} tokens/s")
         _together(writer.flush if writes else lambda: None, topology)
-    bar.close()
     return num_tokens
 
 

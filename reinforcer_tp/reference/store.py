@@ -65,7 +65,8 @@ class ReferenceStore:
     def __init__(self, root: Path, key: ReferenceKey, *, model: str) -> None:
         """Creates the folder and its reference.json where they are not there yet.
 
-        `model` is for people and `verify`: the absolute path of the model's folder, or a hub id.
+        `model` is for people and `verify`: a folder, of which the absolute path is kept, or a hub
+        id.
 
         Raises:
             ValueError: reference.json there is of another format or reference.
@@ -191,11 +192,12 @@ def _not_finite(pair: TokenizedPair, logps: np.ndarray) -> str:
 
 
 def _description_text(key: ReferenceKey, model: str) -> str:
+    folder = Path(model).expanduser()
     content = {
         "format": FORMAT,
         "digest": key.digest,
         "numerics": key.numerics,
-        "model": model,
+        "model": os.path.abspath(folder) if folder.is_dir() else model,
     }
     return json.dumps(content, indent=2) + "\n"
 

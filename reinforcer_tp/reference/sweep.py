@@ -16,10 +16,6 @@ _ROOM = 4  # a forward pass holds one layer's activations: its rows may be longe
 _ROWS_A_CALL = 8  # rows of each rank in one pass through a pipeline, which fills and drains once
 
 
-class NonFiniteError(RuntimeError):
-    """A number that is not finite; no weight has changed since the last step."""
-
-
 def sweep_batching(cut: MicroBatching, max_tokens: int | None, longest_pair: int) -> MicroBatching:
     """Training's `cut` with the rows of a sweep: `max_tokens` each (None: 4 times training's)."""
     if max_tokens is None and cut.max_tokens is not None:

@@ -98,9 +98,9 @@ def of_configuration(path: str, overrides: Sequence[str], max_pairs: int) -> Bat
     """
     own = load_config(path, list(overrides))
     own.validate(own_layout(own).processes)
+    from reinforcer_tp.batches import train_rows
     from reinforcer_tp.data.tokenized import TokenizedSet
     from reinforcer_tp.inputs import open_inputs
-    from reinforcer_tp.loop import train_rows
 
     alone = load_config(path, [*overrides, *ON_CPU, *BASELINE])
     inputs = open_inputs(alone, holds_run=False, world_size=1)

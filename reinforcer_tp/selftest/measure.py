@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reinforcer_tp.batches import micro_batching
 from reinforcer_tp.config import Config
 from reinforcer_tp.data.micro_batches import micro_batches
 from reinforcer_tp.hf_files import open_model
-from reinforcer_tp.loop import loss_function, micro_batching
+from reinforcer_tp.loop import loss_function
 from reinforcer_tp.mcore.cpu import cuda_type_names
 from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import Training, build_training, zero_grad

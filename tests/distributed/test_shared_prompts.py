@@ -113,8 +113,9 @@ def run_shares(folders: dict[str, str], layout: tuple) -> dict:
     """In one spawned rank: what a training step computes, for every model and way of sharing."""
     from dataclasses import replace
 
+    from reinforcer_tp.batches import micro_batching
     from reinforcer_tp.data.micro_batches import micro_batches
-    from reinforcer_tp.loop import SUMS, local_sums, loss_function, micro_batching
+    from reinforcer_tp.loop import SUMS, local_sums, loss_function
     from reinforcer_tp.mcore.model import build_model
     from reinforcer_tp.mcore.optim import build_training, optimizer_step, zero_grad
     from reinforcer_tp.mcore.schedule import (

@@ -2,7 +2,8 @@
 
 Runs in an environment of its own, since TRL is no dependency of this project:
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0 torch
+    python -m venv /tmp/trl
+    /tmp/trl/bin/pip install trl==1.16.0 torch --extra-index-url https://download.pytorch.org/whl/cpu
     /tmp/trl/bin/python tests/trl_values/record.py
 
 Inputs are per-token log-probs of policy and reference, which stand in for the models: the trainer

@@ -45,9 +45,39 @@ def true_logps(of: Pair) -> np.ndarray:
 
 
 def fill(folder: Path, rows: Iterable[int]) -> None:
-    with ReferenceStore(folder, KEY, model="/models/m").writer() as writer:
+    with opened(folder).writer() as writer:
         for row in rows:
             writer.add(pair(row), true_logps(pair(row)))
+
+
+def tokenized(rows: Iterable[int]):
+    """The pairs of `rows` as a TokenizedSet."""
+    from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
+
+    return TokenizedSet.from_pairs(TokenizedPair(**pair(row)._asdict()) for row in rows)
+
+
+def opened(folder: Path, key: ReferenceKey = KEY) -> ReferenceStore:
+    return ReferenceStore(folder, key, model="/models/m")
+
+
+def check(folder: Path, rows: Iterable[int], expected_rows: Iterable[int]) -> list[str]:
+    """Exactly `expected_rows` of `rows` are there, bit for bit. Returns the damaged shards."""
+    rows = list(rows)
+    found, damaged = opened(folder).read(tokenized(rows), range(len(rows)))
+    assert {rows[index] for index in found} == set(expected_rows)
+    for index, logps in found.items():
+        assert logps.dtype == np.float32
+        np.testing.assert_array_equal(logps, true_logps(pair(rows[index])))
+    return damaged
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / KEY.name).iterdir())
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return [path for path in files(folder) if path.suffix == ".parquet"]
 
 
 def die(*_: object, **__: object) -> None:
