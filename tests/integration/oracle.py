@@ -29,6 +29,7 @@ class OracleConfig:
     batch_size: int = 8  # pairs
     dtype: torch.dtype = torch.float32
     beta: float = 0.1  # strength of the KL penalty
+    losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)  # (name in LOSSES, weight)
     preference_loss_weight: float = 1.0
     sft_loss_weight: float = 0.0
     preference_average_log_probs: bool = False
@@ -218,19 +219,33 @@ def backward_batch(
     return totals
 
 
+# (beta, policy minus reference log-prob of chosen and rejected, their tokens) -> loss
+LOSSES = {
+    "sigmoid": lambda beta, c, r, lengths: -F.logsigmoid(beta * (c - r)),  # arXiv:2305.18290
+    "ipo": lambda beta, c, r, lengths: (  # arXiv:2310.12036, means over tokens
+        (c / lengths[0] - r / lengths[1] - 1 / (2 * beta)) ** 2
+    ),
+    "apo_zero": lambda beta, c, r, lengths: (  # arXiv:2408.06266
+        1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r)
+    ),
+}
+
+
 def pair_loss(
     pair: OraclePair,
     policy: tuple[torch.Tensor, torch.Tensor],
     reference: tuple[torch.Tensor, torch.Tensor],
     config: OracleConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted DPO (Eq. 7, arXiv:2305.18290) and SFT loss of one pair, and what it reports."""
+    """Weighted preference and SFT loss of one pair, and what it reports."""
     ratios = [new - old for new, old in zip(policy, reference)]
+    lengths = (len(pair.chosen), len(pair.rejected))
     if config.preference_average_log_probs:
-        lengths = (len(pair.chosen), len(pair.rejected))
         ratios = [ratio / length for ratio, length in zip(ratios, lengths)]
     chosen_reward, rejected_reward = (config.beta * ratio for ratio in ratios)
-    preference_loss = -F.logsigmoid(chosen_reward - rejected_reward) * pair.weight
+    preference_loss = pair.weight * sum(
+        weight * LOSSES[name](config.beta, *ratios, lengths) for name, weight in config.losses
+    )
     sft_loss = -policy[0] * pair.weight
     if config.sft_average_log_probs:
         sft_loss = sft_loss / len(pair.chosen)

@@ -24,6 +24,8 @@ def trainer_overrides(config: OracleConfig) -> list[str]:
         "dpo.val_at_start": False,
         "dpo.val_at_end": False,
         "dpo.reference_policy_kl_penalty": config.beta,
+        "dpo.preference_loss": f"[{','.join(name for name, _ in config.losses)}]",
+        "dpo.loss_weights": [weight for _, weight in config.losses],
         "dpo.preference_loss_weight": config.preference_loss_weight,
         "dpo.sft_loss_weight": config.sft_loss_weight,
         "dpo.preference_average_log_probs": config.preference_average_log_probs,

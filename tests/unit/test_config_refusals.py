@@ -49,7 +49,11 @@ BAD_OVERRIDES = {
     "policy=3": ("policy=3", "model_name"),
     f"{MEGATRON}.optimizer=adam": (f"{MEGATRON}.optimizer=adam", "min_lr"),
     "policy.precision=bf16": ("policy.precision=bf16", "float32, bfloat16, float16"),
-    "dpo.preference_loss=ipo": ("dpo.preference_loss=ipo", "expected sigmoid"),
+    "dpo.preference_loss=ipoo": ("dpo.preference_loss=ipoo", "did you mean ipo"),
+    "reference.mode=memory": ("reference.mode=memory", "store, resident, none"),
+    "reference={mode: none, model_name: a}": ("reference.model_name=a", "mode=store"),
+    "reference={mode: resident, store_dir: a}": ("reference.store_dir", "mode=resident"),
+    "reference.micro_batch_tokens=2": ("reference.micro_batch_tokens=2", "at least 3"),
     f"{MEGATRON}.optimizer.lr=nan": ("lr=nan", "finite"),
     f"{MEGATRON}.optimizer.lr=.nan": ("lr=nan", "finite"),
     f"{MEGATRON}.optimizer.lr=.inf": ("lr=inf", "finite"),
@@ -128,6 +132,7 @@ BAD_LAYOUTS = [
         [f"{MEGATRON}.scheduler.lr_decay_iters=5", f"{MEGATRON}.scheduler.lr_warmup_iters=5"],
         ("lr_warmup_iters=5", "lr_decay_iters=5"),
     ),
+    (1, ["reference.mode=none"], ("reference.mode=none", "reference.mode=store", "simpo, orpo")),
 ]
 
 
