@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from reinforcer_tp.health import SUMS as HEALTH_SUMS
+from reinforcer_tp.health import health_metrics
+from reinforcer_tp.preference_losses import LOSSES
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
@@ -31,6 +35,21 @@ def test_the_table_of_keys_is_up_to_date():
     assert module.with_table(README) == README, "run python docs/config_table.py --write"
     for cells in module.rows(module.Config):
         assert all(cells), f"{cells[0]} has no comment in config.py"
+
+
+def test_the_table_of_losses_is_complete():
+    listed = re.findall(r"^\| `(\w+)` \| .*\|.*\|$", section("Losses"), flags=re.M)
+    assert listed == list(LOSSES)
+
+
+def test_the_metrics_of_health_are_listed():
+    listed = re.findall(r"`((?:health|kl)/\w+|entropy)`", section("Is it going well?"))
+    sums = dict.fromkeys(HEALTH_SUMS, 2.0) | {"health/margin": 0.5, "health/length": 0.5}
+    assert set(listed) == set(health_metrics(sums))
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 TRAINING = [c for c in commands() if "reinforcer_tp/train.py" in c]
