@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def judge(folder: str, pairs: list) -> list[np.ndarray]:
         ]
 
 
+@cache
 def config_of(layout: tuple[int, int, bool], *overrides: str):
     from reinforcer_tp.config import load_config
 

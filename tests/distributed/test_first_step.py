@@ -41,6 +41,7 @@ CASES["rpo"] += ["dpo.rpo_alpha=1.0"]
 CASES["robust"] += ["dpo.label_smoothing=0.1"]
 CASES["exo_pair"] += ["dpo.label_smoothing=0.001"]
 SUBTLE = 7  # index of the pair with a small mistake
+BETA = "dpo.reference_policy_kl_penalty=0.1"
 BFLOAT16 = "policy.precision=bfloat16"
 
 
@@ -91,7 +92,8 @@ def _sweep_by_two(folders: dict[str, str]) -> dict[str, dict[int, np.ndarray]]:
     """What each model's log-probs are in bfloat16 on two tensor-parallel ranks."""
     topology, config = open_layout(LAYOUTS["tp2_sp"]), config_of(LAYOUTS["tp2_sp"], BFLOAT16)
     stages = {name: open_model(config, folder, topology) for name, folder in folders.items()}
-    return {name: packed_otherwise(stage, config) for name, stage in stages.items()}
+    found = {name: packed_otherwise(stage, config) for name, stage in stages.items()}
+    return {"right": found["model"], "other": found["other"]}
 
 
 def _run_pipeline(*args) -> dict:
@@ -99,7 +101,8 @@ def _run_pipeline(*args) -> dict:
 
 
 def _run_gates(topology, folder: str, references: dict, swept: dict, layout=ALONE) -> dict:
-    in_bfloat16 = {"right": swept["model"], "other": swept["other"]}
+    in_bfloat16 = {name: swept[name] for name in ("right", "other")}
+    in_bfloat16["shifted"] = references["shifted"]
     results = {}
     for precision, by_name in (("float32", references), ("bfloat16", in_bfloat16)):
         cases = {
@@ -124,7 +127,7 @@ def gates(stage, precision: str, layout, cases: dict, *, forward_only: bool = Tr
     from reinforcer_tp.loss import LossOptions
     from reinforcer_tp.mcore.schedule import forward_backward
 
-    base = [f"policy.precision={precision}", "dpo.reference_policy_kl_penalty=0.1"]
+    base = [f"policy.precision={precision}", BETA]
     configs = {case: config_of(layout, *base, *cases[case][0]) for case in cases}
     batches = {
         case: batches_of(stage, configs[case], values) for case, (_, values) in cases.items()
@@ -233,6 +236,16 @@ def test_an_error_names_the_pair_that_is_furthest_off(found, references, layout)
     assert f"source row {pairs[SUBTLE].row}: " in error and "; 1 pairs" in error
 
 
+@pytest.mark.parametrize("layout", ["alone", "pp2"])
+def test_a_shifted_mask_is_seen_in_16_bits_too(found, layout):
+    """Where the loss hardly shows it: what it adds and takes away cancels out."""
+    for rank in found[layout]:
+        error = rank["bfloat16", "sigmoid", "shifted"]
+        assert error.startswith("FirstStepError: "), error
+        got, expected = map(float, re.search(r"loss (\S+), (\S+) expected", error).groups())
+        assert abs(got - expected) < 0.02
+
+
 def _run_first_steps(folders: dict[str, str]) -> SimpleNamespace:
     """A first step in bfloat16 on two data-parallel ranks, without the gate and with it."""
     from reinforcer_tp.loop import loss_function
@@ -241,7 +254,7 @@ def _run_first_steps(folders: dict[str, str]) -> SimpleNamespace:
     from reinforcer_tp.mcore.weights import full_tensors
 
     topology = open_layout(LAYOUTS["dp2"])
-    config = config_of(LAYOUTS["dp2"], BFLOAT16, "policy.megatron_cfg.optimizer.lr=1e-2")
+    config = config_of(LAYOUTS["dp2"], BFLOAT16, BETA, "policy.megatron_cfg.optimizer.lr=1e-2")
     steps = []
     for is_checked in (False, True):
         stage = open_model(config, folders["model"], topology)

@@ -12,6 +12,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tests.integration.fork_server import MARK
+from tests.integration.forks import Fork
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TERMINATE_GRACE_S = 10.0  # torchrun ends its workers itself when asked kindly
@@ -67,16 +71,19 @@ def run_train(
     timeout_s: float = 240.0,
     env: dict[str, str] | None = None,
     kill_when: Callable[[], bool] | None = None,
+    fork: bool = False,
 ) -> RunResult:
     """Run train.py with `key=value` overrides; `nproc=None` starts it without torchrun.
 
+    `fork` starts it, `nproc` times, in processes that have imported its modules: for tests of what
+    it says and does, not of how it is launched (there is no torchrun, and nothing imports anew).
     `kill_when` is asked all the time; once it says so, every process dies at once (SIGKILL).
     Without an override of `reference.*` the run has a store of its own, beside `log_dir`: what
     another test swept must not stand in for what this one would compute.
     Output goes to files beside `log_dir`, so that an orphan holding a pipe cannot block the test.
     Nothing that this run started is alive when it returns.
     """
-    command = [*launcher(nproc), str(REPOSITORY / "reinforcer_tp" / "train.py")]
+    command = [str(REPOSITORY / "reinforcer_tp" / "train.py")]
     if config is not None:
         command += ["--config", str(config)]
     if not any(override.startswith("reference.") for override in overrides):
@@ -84,31 +91,41 @@ def run_train(
     command += [*flags, *overrides, f"logger.log_dir={log_dir}"]
     log_dir.parent.mkdir(parents=True, exist_ok=True)
     outputs = [log_dir.parent / f"{log_dir.name}.{stream}" for stream in ("stdout", "stderr")]
-    mark = f"REINFORCER_TP_TEST_RUN={uuid.uuid4()}"
+    mark = f"{MARK}={uuid.uuid4()}"
     name, value = mark.split("=")
     started = time.monotonic()
     with open(outputs[0], "w") as stdout, open(outputs[1], "w") as stderr:
-        process = subprocess.Popen(
+        process = start(
             command,
+            nproc,
+            fork=fork,
             stdout=stdout,
             stderr=stderr,
-            stdin=subprocess.DEVNULL,
             cwd=REPOSITORY,
             env=run_environment(env) | {name: value},
-            start_new_session=True,
         )
         try:
             wait_for(process, mark, timeout_s, kill_when)
         finally:
             stop_everything(process, mark)
     return RunResult(
-        command=command,
+        command=process.args,
         returncode=process.returncode,
         stdout=outputs[0].read_text(),
         stderr=outputs[1].read_text(),
         seconds=time.monotonic() - started,
         log_dir=log_dir,
         metrics=read_metrics(log_dir),
+    )
+
+
+def start(
+    command: list[str], nproc: int | None, *, fork: bool, **how: Any
+) -> subprocess.Popen | Fork:
+    if fork:
+        return Fork(command, nproc=nproc, **how)
+    return subprocess.Popen(
+        [*launcher(nproc), *command], stdin=subprocess.DEVNULL, start_new_session=True, **how
     )
 
 
@@ -150,7 +167,10 @@ def run_environment(extra: dict[str, str] | None) -> dict[str, str]:
 
 
 def wait_for(
-    process: subprocess.Popen, mark: str, timeout_s: float, kill_when: Callable[[], bool] | None
+    process: subprocess.Popen | Fork,
+    mark: str,
+    timeout_s: float,
+    kill_when: Callable[[], bool] | None,
 ) -> None:
     """Until the process ends; raises subprocess.TimeoutExpired."""
     if kill_when is None:
@@ -165,7 +185,7 @@ def wait_for(
         time.sleep(0.01)
 
 
-def stop_everything(process: subprocess.Popen, mark: str) -> None:
+def stop_everything(process: subprocess.Popen | Fork, mark: str) -> None:
     """End the process and whatever it started.
 
     Neither its process group nor its children are enough: torchrun's workers lead sessions of
