@@ -20,14 +20,22 @@ def config(random_llama, random_rows) -> OracleConfig:
     )
 
 
-def run(config: OracleConfig, tmp_path) -> tuple[RunResult, str]:
-    """The run, one pair a micro-batch on two ranks, and its one line of error."""
-    overrides = [*trainer_overrides(config), "policy.train_micro_batch_size=1"]
+def start(config: OracleConfig, tmp_path, *extra: str) -> tuple[RunResult, list[str]]:
+    """The run, one pair a micro-batch on two ranks, and its lines of error."""
+    overrides = [*trainer_overrides(config), "policy.train_micro_batch_size=1", *extra]
     overrides += ["checkpointing.enabled=true", "checkpointing.save_period=1"]
-    result = run_train(overrides, log_dir=tmp_path / "run", nproc=2)
+    overrides += [f"reference.store_dir={tmp_path / 'store'}"]
+    result = run_train(overrides, log_dir=tmp_path / "run", nproc=2, fork=True)
     assert result.returncode != 0, result.describe()
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: step")]
+    assert "Traceback" not in result.stderr, result.describe()
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert errors, result.describe()
+    return result, errors
+
+
+def run(config: OracleConfig, tmp_path, *extra: str) -> tuple[RunResult, str]:
+    """The run and its one line of error, which names the step."""
+    result, errors = start(config, tmp_path, *extra)
     failed = max(result.train_steps()) + 1
     assert f"step {failed}: " in errors[0]
     assert f"The weights of step {failed - 1} are untouched" in errors[0]
@@ -36,7 +44,7 @@ def run(config: OracleConfig, tmp_path) -> tuple[RunResult, str]:
     return result, errors[0]
 
 
-def test_a_loss_that_is_not_finite_names_rank_and_row(config, tmp_path):
+def broken_at_row_6(config: OracleConfig, tmp_path) -> OracleConfig:
     """One token's embedding is broken; only row 6, in the second batch, has that token."""
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     shutil.copytree(config.model, tmp_path / "model")
@@ -48,11 +56,22 @@ def test_a_loss_that_is_not_finite_names_rank_and_row(config, tmp_path):
     rows[6]["chosen"] = " sings ~ green"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    broken = replace(config, model=str(tmp_path / "model"), data=str(path))
-    result, error = run(broken, tmp_path)
+    return replace(config, model=str(tmp_path / "model"), data=str(path))
+
+
+def test_a_loss_that_is_not_finite_names_rank_and_row(config, tmp_path):
+    broken = broken_at_row_6(config, tmp_path)
+    result, error = run(broken, tmp_path, f"reference.model_name={config.model}")
     assert list(result.train_steps()) == [1]
     assert "the loss is not finite" in error
     assert error.count("source rows [") == 1 and "source rows [6]" in error
+
+
+def test_a_reference_that_is_not_finite_is_named_before_training(config, tmp_path):
+    result, errors = start(broken_at_row_6(config, tmp_path), tmp_path)
+    assert result.metrics == []
+    assert "source row 6, chosen side, are not finite" in errors[0]
+    assert not list((tmp_path / "store").rglob("*.parquet")), "nothing of it may be kept"
 
 
 def test_a_gradient_that_is_not_finite_is_named(config, tmp_path):

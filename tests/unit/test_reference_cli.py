@@ -137,6 +137,15 @@ def test_prune_removes_old_shards_where_asked(tmp_path):
         assert names(tmp_path) == expected
 
 
+def test_prune_counts_a_file_once(tmp_path, capsys):
+    fill(tmp_path, [0])
+    path = damage(tmp_path)
+    os.utime(path, (1.0, 1.0))
+    assert main(["prune", str(tmp_path), "--older-than", "1", "--dry-run"]) == 0
+    first, last = lines_of(capsys)
+    assert first.startswith(f"{path}: damaged") and last.startswith("to remove: 1 files")
+
+
 def test_prune_of_one_reference_leaves_the_others(tmp_path):
     fill(tmp_path, range(2))
     leftover(tmp_path, 5)

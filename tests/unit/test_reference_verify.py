@@ -121,6 +121,15 @@ def test_verify_says_what_it_could_not_look_at(stored, tmp_path, capsys):
     assert lines[0].startswith("agrees: 2 pairs") and lines[-1].startswith("damaged: ")
 
 
+def test_verify_looks_at_the_values_that_a_run_reads(stored, tmp_path):
+    """The oldest of a pair: later ones, wrong here, are of no account."""
+    shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
+    with ReferenceStore(tmp_path, key_of_store(tmp_path), model="").writer() as writer:
+        for row in range(10):
+            writer.add(model_pair(row), -true_logps(model_pair(row)))
+    assert main(["verify", str(tmp_path)]) == 0
+
+
 def test_verify_of_old_arithmetic_and_of_nothing(tmp_path, capsys):
     old = ReferenceKey(KEY.digest, "float32-v0")
     own = ReferenceStore(tmp_path, old, model="/models/m")
