@@ -83,9 +83,7 @@ def run_case(model: str, args: argparse.Namespace, folder: Path) -> int:
             }[way]
             metrics = epoch(own, overrides, folder, args)
             losses[way] = [step["train/loss"] for step in metrics]
-            spent = sum(step["perf/step_s"] for step in metrics)
-            if way != "resident":  # whose steps hold it
-                spent += metrics[0]["perf/reference_s"]
+            spent = metrics[0]["perf/sweep_s"] + sum(step["perf/step_s"] for step in metrics)
             seconds[way].append(spent)
     differences = [np.abs(np.subtract(losses[way], losses["resident"])).max() for way in WAYS]
     if max(differences) > SAME[args.precision]:

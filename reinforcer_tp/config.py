@@ -45,10 +45,10 @@ class DPOConfig:
     loss_weights: list[float] | None = None  # one for each loss in a list; null = 1 each; ours
     preference_loss_weight: float = 1.0  # factor of the preference loss
     sft_loss_weight: float = 0.0  # factor of the SFT loss on the chosen side
-    rpo_alpha: float | None = None  # another name of sft_loss_weight; null = not used; ours
+    rpo_alpha: float | None = None  # sft_loss_weight of an SFT term per token; null = unused
     preference_average_log_probs: bool = False  # divide log-ratio sums by the response's tokens
     sft_average_log_probs: bool | None = (
-        None  # likewise; null = true with rpo and orpo, else preference_average_log_probs
+        None  # likewise; null = true with rpo, rpo_alpha, orpo, else preference_average_log_probs
     )
     label_smoothing: float | None = None  # share of wrong labels, below 0.5; null = 0; ours
     discopop_tau: float | None = None  # temperature of discopop's blend; null = 0.05; ours
@@ -71,11 +71,6 @@ class DPOConfig:
         in_range(self, "dpo", "reference_policy_kl_penalty", 0)
         in_range(self, "dpo", "preference_loss_weight sft_loss_weight", 0)
         config_loss.check_losses(self)
-
-    @property
-    def sft_averages(self) -> bool:
-        """sft_average_log_probs with its null resolved."""
-        return config_loss.averages_sft(self)
 
     @property
     def sft_weight(self) -> float:
@@ -387,6 +382,11 @@ class Config:
         config_check.check_world(self, world_size, local_world_size)
         config_check.check_data(self.data)
         config_check.check_reference(self)
+
+    @property
+    def reference_mode(self) -> str:
+        """reference.mode, but none where the loss reads no reference: nothing is swept then."""
+        return self.reference.mode if self.dpo.needs_reference else "none"
 
     @property
     def planned_world_size(self) -> int:

@@ -192,10 +192,16 @@ def check_data(data) -> None:
 
 
 def check_reference(config) -> None:
-    """`reference.mode` against what the loss reads."""
+    """`reference.*` against what the loss reads."""
+    loss = shown(config.dpo.preference_loss)
+    require(
+        config.dpo.needs_reference or config.reference.model_name is None,
+        f"reference.model_name={config.reference.model_name} is set, but dpo.preference_loss="
+        f"{loss} (with its weight) reads no reference; remove it, or choose a loss with one",
+    )
     require(
         config.reference.mode != "none" or not config.dpo.needs_reference,
-        f"reference.mode=none, but dpo.preference_loss={shown(config.dpo.preference_loss)} "
+        f"reference.mode=none, but dpo.preference_loss={loss} "
         "compares the policy with a reference; use reference.mode=store, or a loss without one "
         "(simpo, orpo)",
     )

@@ -195,11 +195,12 @@ def needs_reference(dpo) -> bool:
 
 
 def averages_sft(dpo) -> bool:
-    """sft_average_log_probs with its null resolved: rpo's and orpo's papers average."""
+    """sft_average_log_probs with its null resolved: RPO's and ORPO's papers average."""
     if dpo.sft_average_log_probs is not None:
         return dpo.sft_average_log_probs
     names = {name for name, _ in chosen_losses(dpo)}
-    return dpo.preference_average_log_probs or not names.isdisjoint(NEEDS_SFT)
+    by_name = not names.isdisjoint(NEEDS_SFT) or dpo.rpo_alpha is not None
+    return dpo.preference_average_log_probs or by_name
 
 
 def loss_options(dpo) -> dict[str, object]:

@@ -6,15 +6,18 @@ mask or layout. Nothing else would say so: such a run trains, towards the wrong 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from reinforcer_tp.data.micro_batches import MicroBatching, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
+from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.loss import LossOptions, loss_at_reference, sequence_sums
-from reinforcer_tp.mcore.schedule import reduce_metrics
+from reinforcer_tp.mcore.schedule import Stage, forward_logps, reduce_metrics
 from reinforcer_tp.mcore.topology import Topology
 
 # Of the loss in float32, where it moves as sigmoid does at beta 0.1: by _SLOPE a nat of margin.
@@ -26,7 +29,7 @@ _SLOPE = 0.05
 NOISE_FACTOR = 10.0
 LEAST_NOISE = 0.025  # nats in the sum of a response
 NOISE_PAIRS = 64  # looked at
-NAMES = ("preference_loss", "num_pairs", "expected", "slope")
+_SUMMED = ("preference_loss", "num_pairs", "expected", "slope")
 
 # row in the source -> (2,) sums of log-probs, chosen and rejected
 SumsByRow = dict[int, np.ndarray]
@@ -55,16 +58,16 @@ def check_first_step(
         FirstStepError: on every rank, when they are more. Names the worst pair.
     """
     batches = [batch.to("cpu") for batch in batches]  # a resident reference left some on the GPU
-    local = dict.fromkeys(NAMES, 0.0)
+    local = dict.fromkeys(_SUMMED, 0.0)
     for batch, report in zip(batches, reports, strict=False):
         expected, slope = loss_at_reference(
             batch.reference_logps, batch.sequence_id, batch.response_lengths,
             batch.pair_weights, batch.pair_margins, options,
         )  # fmt: skip
         values = (report["preference_loss"], report["num_pairs"], expected, slope)
-        for name, value in zip(NAMES, values, strict=True):
+        for name, value in zip(_SUMMED, values, strict=True):
             local[name] += value.item()
-    sums = reduce_metrics(local, NAMES, topology)
+    sums = reduce_metrics(local, _SUMMED, topology)
     num_pairs = max(sums["num_pairs"], 1.0)
     got, expected, slope = (sums[n] / num_pairs for n in ("preference_loss", "expected", "slope"))
     text = f"preference loss {got:.7g}, {expected:.7g} expected while the policy is the reference"
@@ -83,6 +86,38 @@ def check_first_step(
     if off <= tolerance and math.isfinite(got):  # also false for a NaN
         return f"first step: {text}"
     raise FirstStepError(f"first step: {text}. {_worst(batches, reports, topology)}")
+
+
+def describe_first_step(
+    batches: Sequence[PackedBatch],
+    reports: Sequence[Mapping[str, torch.Tensor]],
+    topology: Topology,
+) -> str:
+    """A line for a reference that need not be the policy's first weights. Collective."""
+    batches = [batch.to("cpu") for batch in batches]
+    policy, reference = _policy_sums(batches, reports), _reference_sums(batches)
+    off = _rms_difference(policy, reference, topology)
+    return (
+        f"first step: log-ratios of {off:.2g} nats a response (root mean square); about 0 where "
+        "the reference is the policy's own model"
+    )
+
+
+def sweep_alone(
+    stage: Stage, pairs: TokenizedSet, rows: Sequence[int], cut: MicroBatching
+) -> SumsByRow:
+    """The policy's sums of this rank's part of the first `rows`. Collective.
+
+    Every pair in a row of its own and nothing shared: another packing than any `cut` gives.
+    """
+    cut = replace(cut, max_tokens=None, max_pairs=1, share="nothing")
+    batches = micro_batches(pairs, rows[:NOISE_PAIRS], cut).batches
+    found = zip(batches, forward_logps(stage, batches), strict=False)
+    return {
+        batch.rows[0]: sequence_sums(logps.cpu(), batch.sequence_id, 2).numpy()
+        for batch, logps in found
+        if batch.rows
+    }
 
 
 def _policy_sums(

@@ -58,17 +58,14 @@ def health_sums(
     sequence_id: Tensor,  # (N,) int64 in [0, 2B), never decreasing
     response_lengths: Tensor,  # (2B,) response tokens, at least 1
     pair_weights: Tensor,  # (B,) >= 0
+    rewards: Tensor,  # (B, 2) chosen and rejected, as the loss has them
     *,
-    beta: float,
-    averages: bool,
     token_reference: bool = True,
 ) -> dict[str, Tensor]:
     """The sums `SUMS` of one micro-batch as float64 scalars; what does not apply is 0.
 
-    Rewards are those of the loss: beta times the sum of d over the response, divided by its tokens
-    where `averages`; without a reference beta times the mean log-prob. `token_reference=False`
-    says that only sums of `reference_logps` over a sequence mean something. Pairs of weight 0 do
-    not count. Never waits for the device.
+    `token_reference=False` says that only sums of `reference_logps` over a sequence mean
+    something. Pairs of weight 0 do not count. Never waits for the device.
 
     k3 of a token is exp(-d) - 1 + d (http://joschu.net/blog/kl-approx.html), at least 0, with d
     clamped from below at MIN_K3_LOG_RATIO. Its mean is unbiased for the KL divergence only on the
@@ -83,16 +80,12 @@ def health_sums(
         return torch.where(is_valid[:, None], sums, 0.0).unbind(1)
 
     lengths = (response_lengths.view(-1, 2) * is_valid[:, None]).double()  # (B, 2)
-    d = policy_logps.double()
-    if reference_logps is not None:
-        d = d - reference_logps.double()
-    chosen_d, rejected_d = by_pair(d)
-    rewards = beta * torch.stack([chosen_d, rejected_d], dim=1)
-    if averages or reference_logps is None:
-        rewards = rewards / lengths.clamp(min=1)
+    rewards = torch.where(is_valid[:, None], rewards.double(), 0.0)
     per_pair = _margin_terms(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
     per_pair["health/pairs"] = is_valid
     if reference_logps is not None:
+        d = policy_logps.double() - reference_logps.double()
+        chosen_d, rejected_d = by_pair(d)
         per_pair["health/reference_pairs"] = is_valid
         per_pair["health/chosen_down"] = chosen_d < 0
         per_pair["health/chosen_d"], per_pair["health/rejected_d"] = chosen_d, rejected_d

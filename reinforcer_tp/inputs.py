@@ -23,13 +23,13 @@ from reinforcer_tp.hf_files import (
     check_vocabulary,
     open_model,
 )
-from reinforcer_tp.loss import LossOptions, uses_margins
 from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
 from reinforcer_tp.mcore.model import choose_layer_spec
 from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count, layout_of
 from reinforcer_tp.metrics import check_loggers
 from reinforcer_tp.pipeline_layout import stage_layers
+from reinforcer_tp.preference_losses import WITH_MARGINS, uses_margins
 from reinforcer_tp.run_directory import finished_steps
 
 
@@ -85,8 +85,9 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     )
     if config.dpo.val_period <= 0:
         data = dataclasses.replace(data, validation=None)
+    check_reference_columns(config, data)
     for pairs in filter(None, (data.train, data.validation)):
-        check_columns(config, pairs)
+        check_margins(config, pairs)
         check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)
         for model in filter(None, (files, reference_files)):
             check_token_ids(pairs, model.shape.vocab_size)
@@ -108,30 +109,41 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     )
 
 
-def check_columns(config: Config, pairs: TokenizedSet) -> None:
-    """Raises ConfigError for columns of the rows that this configuration would not read."""
-    options, mode = LossOptions(**config.dpo.loss_options), config.reference.mode
-    unused = [name for name, _ in options.losses if not uses_margins(name)]
+def check_margins(config: Config, pairs: TokenizedSet) -> None:
+    """Raises ConfigError for margins that the loss would not read."""
+    unused = [name for name, _ in config.dpo.loss_options["losses"] if not uses_margins(name)]
     if unused and pairs.margins.any():
         row = int(pairs.rows[pairs.margins.nonzero()[0][0]])
         raise ConfigError(
             f"source row {row} has a margin, which dpo.preference_loss={unused[0]} does not use; "
-            "set data.ignore_columns=[margin], or use sigmoid, sigmoid_norm, robust, hinge or simpo"
+            f"set data.ignore_columns=[margin], or use {', '.join(WITH_MARGINS)}"
         )
-    if not pairs.has_reference:
+
+
+def check_reference_columns(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError for the rows' own reference log-probs where they would not be read."""
+    sets = {"training": data.train, "validation": data.validation}
+    has = {name: pairs.has_reference for name, pairs in sets.items() if pairs is not None}
+    if not any(has.values()):
         return
-    ignore = "set data.ignore_columns=[ref_chosen_logps,ref_rejected_logps]"
-    if mode != "store" or config.reference.model_name is not None:
-        key = "mode" if mode != "store" else "model_name"
+    what = "ref_chosen_logps and ref_rejected_logps"
+    fix = "set data.ignore_columns=[ref_chosen_logps,ref_rejected_logps]"
+    if not all(has.values()):
+        without = next(name for name, found in has.items() if not found)
         raise ConfigError(
-            f"the rows bring reference log-probs (ref_chosen_logps, ref_rejected_logps), but "
-            f"reference.{key}={getattr(config.reference, key)} asks for others; {ignore}, or "
-            f"leave reference.{key} at its default"
+            f"the {without} rows have no {what}, the others do, and one run has one reference; "
+            f"give them to both, or {fix}"
         )
-    if options.ld_alpha is not None:
+    mode, model_name = config.reference_mode, config.reference.model_name
+    if mode != "store" or model_name is not None:
+        asked = f"model_name={model_name}" if mode == "store" else f"mode={mode}"
         raise ConfigError(
-            "dpo.ld_alpha weights single tokens, but ref_chosen_logps and ref_rejected_logps are "
-            f"sums of whole responses; {ignore}, or remove dpo.ld_alpha"
+            f"the rows bring {what}, but reference.{asked} (or the loss) does not read them; {fix}"
+        )
+    if config.dpo.ld_alpha is not None:
+        raise ConfigError(
+            f"dpo.ld_alpha weights single tokens, but {what} are sums of whole responses; {fix}, "
+            "or remove dpo.ld_alpha"
         )
 
 

@@ -17,15 +17,15 @@ from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.first_step import (
-    NOISE_PAIRS,
     FirstStepError,
-    SumsByRow,
     check_first_step,
+    describe_first_step,
+    sweep_alone,
 )
 from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import HealthWatch, health_metrics, health_sums
-from reinforcer_tp.loss import LossOptions, dpo_loss, sequence_sums
+from reinforcer_tp.loss import LossOptions, dpo_loss
 from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
 from reinforcer_tp.mcore.optim import (
     Training,
@@ -73,8 +73,8 @@ class Run:
     progress: Progress
     data_fingerprint: str  # of the tokenized sets
     reference_digest: str | None  # of the reference's weights
-    reference_s: float  # seconds of reading and sweeping, reported with the first step
-    reference_tokens: int  # that the sweep computed, likewise
+    sweep_s: float  # seconds of reading and sweeping, reported with the first step
+    sweep_tokens: int  # that the reference computed then, likewise
     starts_at_reference: bool  # before the first step the policy's weights are the reference's
 
 
@@ -86,17 +86,15 @@ def loss_function(config: Config, *, token_reference: bool = True) -> LossFuncti
     options = LossOptions(**config.dpo.loss_options)
 
     def loss(logps: torch.Tensor, entropies: torch.Tensor, batch: PackedBatch):
+        reference = batch.reference_logps
         pairs = (batch.sequence_id, batch.response_lengths, batch.pair_weights)
-        loss_sum, report = dpo_loss(
-            logps, batch.reference_logps, *pairs, batch.pair_margins, options
-        )
+        loss_sum, report = dpo_loss(logps, reference, *pairs, batch.pair_margins, options)
         health = health_sums(
             logps.detach(),
             entropies,
-            batch.reference_logps,
+            reference,
             *pairs,
-            beta=options.beta,
-            averages=options.preference_average_log_probs,
+            report["rewards"],
             token_reference=token_reference,
         )
         return loss_sum, report | health
@@ -115,7 +113,9 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         losses=[name for name, _ in options.losses],
         averages=options.preference_average_log_probs,
     )
-    throughput = Throughput(run.reference_s)
+    throughput = Throughput(run.sweep_s)
+    if run.stage.topology.device.type == "cuda":  # the sweep's rows are longer than training's
+        torch.cuda.reset_peak_memory_stats(run.stage.topology.device)
     latest: dict[str, float] = {}
     if validates and dpo.val_at_start and start_step == 0:
         latest |= evaluate(run, step=0)
@@ -169,13 +169,14 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     after_compute = time.perf_counter()
     if not np.isfinite(sums["loss"]):
         raise NonFiniteError(blame(step, "loss", reports, part.batches, stage.topology))
-    if step == 1 and run.starts_at_reference and config.dpo.first_step_check != "off":
-        _gate(run, rows, part, reports)
+    if step == 1:
+        _look_at_first_step(run, rows, part, reports)
     before_optimizer = time.perf_counter()
     was_updated, grad_norm = optimizer_step(run.training)
     if not was_updated and config.policy.precision != "float16":
         raise NonFiniteError(blame(step, "gradient norm", reports, part.batches, stage.topology))
 
+    _wait_for(stage.topology.device)
     end = time.perf_counter()
     metrics = _means(sums) | {
         "grad_norm": grad_norm,
@@ -186,12 +187,14 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     speed = _speed(run, rows, part, end - begin) | {
         "perf/step_s": end - begin,
         "perf/data_wait_s": after_data - begin,
-        "perf/reference_s": after_reference - after_data + (run.reference_s if is_first else 0.0),
+        "perf/reference_s": after_reference - after_data,
         "perf/reference_tokens": _reference_tokens(run, part, is_first),
         "perf/compute_s": after_compute - after_reference,
         "perf/optimizer_s": end - before_optimizer,
         "memory/peak_gib": _peak_gib(stage.topology.device),
     }
+    if is_first:
+        speed["perf/sweep_s"] = run.sweep_s
     return {f"train/{name}": value for name, value in metrics.items()} | speed
 
 
@@ -229,40 +232,38 @@ def _with_reference(run: Run, part: MicroBatches) -> MicroBatches:
     if run.reference_stage is None:
         return part
     logps = forward_logps(run.reference_stage, part.batches)
+    _wait_for(run.stage.topology.device)
     if not run.stage.topology.is_last_stage:
         return part
     batches = zip(part.batches, logps, strict=True)
     return replace(part, batches=tuple(replace(b, reference_logps=x) for b, x in batches))
 
 
-def _gate(
+def _look_at_first_step(
     run: Run, rows: Sequence[int], part: MicroBatches, reports: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
+    """Says how far the policy is from the reference, which must be nothing where it is the policy.
+
+    Raises FirstStepError.
+    """
     config, stage = run.config, run.stage
-
-    def swept_again() -> SumsByRow:
-        """Every pair in a row of its own, with nothing shared."""
-        cut = micro_batching(config, stage.model.shape, stage.topology)
-        cut = replace(cut, max_tokens=None, max_pairs=1, share="nothing")
-        batches = micro_batches(run.train_set.pairs, rows[:NOISE_PAIRS], cut).batches
-        found = zip(batches, forward_logps(stage, batches), strict=False)
-        return {
-            batch.rows[0]: sequence_sums(logps.cpu(), batch.sequence_id, 2).numpy()
-            for batch, logps in found
-            if batch.rows
-        }
-
+    check, looked_at = config.dpo.first_step_check, (part.batches, reports)
+    if check == "off" or config.reference_mode == "none":
+        return
+    if not run.starts_at_reference:
+        run.progress.message(describe_first_step(*looked_at, stage.topology))
+        return
+    cut = micro_batching(config, stage.model.shape, stage.topology)
     try:
         line = check_first_step(
-            part.batches,
-            reports,
+            *looked_at,
             LossOptions(**config.dpo.loss_options),
             stage.topology,
             precision=config.policy.precision,
-            swept_again=swept_again,
+            swept_again=lambda: sweep_alone(stage, run.train_set.pairs, rows, cut),
         )
     except FirstStepError as error:
-        if config.dpo.first_step_check == "error":
+        if check == "error":
             raise
         line = f"warning: {error}"
     run.progress.message(line)
@@ -305,8 +306,14 @@ def _speed(
 
 def _reference_tokens(run: Run, part: MicroBatches, is_first: bool) -> int:
     """Tokens that the reference computed for this step."""
-    swept = run.reference_tokens if is_first else 0
+    swept = run.sweep_tokens if is_first else 0
     return swept + (part.num_tokens if run.reference_stage is not None else 0)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Once a step after what runs on its own: its seconds must not count as the next part's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -64,11 +64,11 @@ def dpo_loss(
 
     reference_logps None: only reference-free losses, or preference_loss_weight 0.
 
-    Returns a float32 scalar with gradient and detached float64 scalars, plus "sequence_logps":
-    (2B,) float64, the policy's sums. Rewards are beta times log-ratio (divided by tokens where the
-    loss does so: preference_average_log_probs, or sigmoid_norm alone), and beta times the mean
-    log-prob without a reference; rewards, accuracies (ties are wrong) and logps are not weighted;
-    logps are sums over all tokens.
+    Returns a float32 scalar with gradient and detached float64 scalars, plus "sequence_logps"
+    (2B,), the policy's sums, and "rewards" (B, 2), chosen and rejected: beta times log-ratio
+    (divided by tokens where the loss does so: preference_average_log_probs, or sigmoid_norm alone),
+    and beta times the mean log-prob without a reference. Rewards, accuracies (ties are wrong) and
+    logps are not weighted; logps are sums over all tokens.
     """
     weights = pair_weights.double()
     valid = (weights > 0).double()
@@ -86,7 +86,8 @@ def dpo_loss(
     if options.sft_average_log_probs:
         sft = sft / pairs.lengths[:, 0]
     losses = options.preference_loss_weight * preference + options.sft_loss_weight * sft
-    chosen_rewards, rejected_rewards = _rewards(pairs, options).unbind(1)
+    rewards = _rewards(pairs, options)
+    chosen_rewards, rejected_rewards = rewards.unbind(1)
     per_pair = {
         "loss": losses,
         "preference_loss": preference,
@@ -100,7 +101,8 @@ def dpo_loss(
         "num_pairs": valid,
     }
     metrics = {name: x.detach().sum() for name, x in per_pair.items()}
-    return losses.sum().float(), metrics | {"sequence_logps": sums.detach()}
+    per_side = {"sequence_logps": sums.detach(), "rewards": rewards.detach()}
+    return losses.sum().float(), metrics | per_side
 
 
 def loss_at_reference(

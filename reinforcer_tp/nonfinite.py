@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from reinforcer_tp.data.packed_batch import PackedBatch
+from reinforcer_tp.loss import sequence_sums
 from reinforcer_tp.mcore.topology import Topology
 
 
@@ -39,14 +40,23 @@ def blame(
 
 
 def _culprits(report: Mapping[str, torch.Tensor], batch: PackedBatch) -> str:
-    is_bad = (~report["sequence_logps"].isfinite()).view(-1, 2).tolist()
-    sides = [
+    policy = report["sequence_logps"]
+    of, sides = "log-probs", _bad_sides(policy, batch)
+    if not sides and batch.reference_logps is not None:
+        batch = batch.to("cpu")  # those of a resident reference are on the device
+        sums = sequence_sums(batch.reference_logps, batch.sequence_id, len(policy))
+        of, sides = "the reference's log-probs", _bad_sides(sums, batch)
+    if not sides:
+        return f"log-probs are finite in source rows {list(batch.rows)}, the loss is not"
+    more = f" and {len(sides) - 4} more" if len(sides) > 4 else ""
+    return f"{of} of {', '.join(sides[:4])}{more}"
+
+
+def _bad_sides(sums: torch.Tensor, batch: PackedBatch) -> list[str]:  # sums (2B,)
+    is_bad = (~sums.isfinite()).view(-1, 2).tolist()
+    return [
         f"source row {row} {side}"
         for row, bad in zip(batch.rows, is_bad, strict=True)
         for side, is_bad_side in zip(("chosen", "rejected"), bad, strict=True)
         if is_bad_side
     ]
-    if not sides:
-        return f"log-probs are finite in source rows {list(batch.rows)}, the loss is not"
-    more = f" and {len(sides) - 4} more" if len(sides) > 4 else ""
-    return f"log-probs of {', '.join(sides[:4])}{more}"

@@ -17,7 +17,14 @@ from reinforcer_tp.mcore.schedule import Stage, open_stage
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.mcore.weights import load_weights
 from reinforcer_tp.metrics import Progress
-from reinforcer_tp.reference.fill import Filled, Wanted, digest_reference, fill, store_root
+from reinforcer_tp.reference.fill import (
+    Filled,
+    Wanted,
+    digest_reference,
+    fill,
+    open_store,
+    store_root,
+)
 from reinforcer_tp.reference.keys import ReferenceKey, numerics
 from reinforcer_tp.reference.store import ReferenceStore
 
@@ -73,48 +80,47 @@ def open_references(
     """Reads, sweeps or loads the reference. Collective; no checkpoint is loaded yet.
 
     Raises, alike on every rank:
-        ConfigError: the checkpoint to go on from was trained against another reference.
-        NonFiniteError, StoreError, ValueError: as `reference.fill.fill`.
+        ConfigError: the checkpoint to go on from was trained against another reference, or the
+            store is none.
+        NonFiniteError, StoreError: as `reference.fill.fill`.
     """
-    begin, mode = time.perf_counter(), config.reference.mode
+    begin, mode = time.perf_counter(), config.reference_mode
     models = _Models(config, inputs, topology)
     files = inputs.reference_files or inputs.files
-    sets = {"training": inputs.data.train, "validation": inputs.data.validation}
-    swept = [p for p in sets.values() if p is not None and not p.has_reference]
-    needs_model = mode != "none" and bool(swept)
-    digest = digest_reference(files, topology) if needs_model else None
-    _check_resumed(inputs.checkpoint, digest)
-    opened, num_tokens = {}, 0
-    for name, pairs in sets.items():
-        if pairs is None:
-            opened[name] = None
-        elif pairs.has_reference:
-            opened[name] = PairSet(
-                pairs=pairs, reference=pairs.reference_logps, token_reference=False
-            )
-            progress.message(f"reference, {name}: {len(pairs)} pairs bring their log-probs")
-        elif mode == "store":
-            key = ReferenceKey(digest, numerics(config.policy.precision))
-            store = ReferenceStore(store_root(config.reference), key, model=str(files.folder))
+    train, validation = inputs.data.train, inputs.data.validation
+    sets = {"training": train} | ({} if validation is None else {"validation": validation})
+    digest, num_tokens = None, 0
+    if mode != "none" and not train.has_reference:
+        digest = digest_reference(files, topology)
+        _check_resumed(inputs.checkpoint, digest)
+    opened = {name: PairSet(pairs=pairs, reference=None) for name, pairs in sets.items()}
+    if mode == "none":
+        losses = ", ".join(name for name, _ in config.dpo.loss_options["losses"])
+        progress.message(f"reference: {losses} reads none")
+    elif train.has_reference:
+        opened = {
+            name: PairSet(pairs=pairs, reference=pairs.reference_logps, token_reference=False)
+            for name, pairs in sets.items()
+        }
+        progress.message("reference: its log-probs come with the rows")
+    elif mode == "store":
+        key = ReferenceKey(digest, numerics(config.policy.precision))
+        store = open_store(store_root(config.reference), key, str(files.folder), topology)
+        for name, pairs in sets.items():
             wanted = _wanted(config, inputs, name, pairs, topology)
             filled = _fill(config, store, wanted, models.reference, topology, progress)
             opened[name] = PairSet(pairs=pairs, reference=filled.values.__getitem__)
             num_tokens += filled.num_tokens
-        else:
-            opened[name] = PairSet(pairs=pairs, reference=None)
     seconds = time.perf_counter() - begin - models.build_s
-    stage = models.policy()
     return References(
-        stage=stage,
+        stage=models.policy(),
         resident=models.build(files) if mode == "resident" else None,
         train_set=opened["training"],
-        validation_set=opened["validation"],
+        validation_set=opened.get("validation"),
         digest=digest,
         seconds=seconds,
         num_tokens=num_tokens,
-        is_policy=(
-            mode != "none" and inputs.reference_files is None and not sets["training"].has_reference
-        ),
+        is_policy=digest is not None and inputs.reference_files is None,
     )
 
 

@@ -52,7 +52,7 @@ class Throughput:
     """Collects the steps of a run for `panel`."""
 
     def __init__(self, sweep_s: float = 0.0):
-        """`sweep_s`: seconds before training that the first step's perf/reference_s includes."""
+        """`sweep_s`: seconds that preparing the reference took before training."""
         self._sweep_s = sweep_s
         self._steps: list[dict[str, float]] = []
 
@@ -61,8 +61,6 @@ class Throughput:
         names = [name for name, *_ in (*_PARTS, *_RATES)]
         step = {n: metrics[n] for n in names if metrics.get(n) is not None}
         step["perf/step_s"] = metrics["perf/step_s"]
-        if not self._steps and "perf/reference_s" in step:
-            step["perf/reference_s"] = max(step["perf/reference_s"] - self._sweep_s, 0.0)
         self._steps.append(step)
 
     def panel(self) -> str:

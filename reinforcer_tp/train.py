@@ -203,8 +203,8 @@ def run(config: Config, inputs: Inputs) -> None:
             progress=progress,
             data_fingerprint=data.fingerprint,
             reference_digest=references.digest,
-            reference_s=references.seconds,
-            reference_tokens=references.num_tokens,
+            sweep_s=references.seconds,
+            sweep_tokens=references.num_tokens,
             starts_at_reference=references.is_policy,
         )
         train(loop_state, start_step=start_step, total_steps=total_steps)

@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.data.micro_batches import MicroBatching
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.embedded import default_cache_root
@@ -19,9 +21,11 @@ from reinforcer_tp.mcore.shape import model_shape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.mcore.weights import hf_tensors
 from reinforcer_tp.nonfinite import NonFiniteError
-from reinforcer_tp.reference.keys import reference_digest, tensor_digests
+from reinforcer_tp.reference.keys import ReferenceKey, reference_digest, tensor_digests
 from reinforcer_tp.reference.store import ReferenceStore, StoreError
 from reinforcer_tp.reference.sweep import sweep, sweep_batching
+
+PATIENCE_S = 60.0  # for what another node has just written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,23 @@ def maths_of(files: Any) -> dict[str, Any]:
     return shape | {"rope": dict(files.hf_config.rope_parameters)}
 
 
+def open_store(root: Path, key: ReferenceKey, model: str, topology: Topology) -> ReferenceStore:
+    """The store of this reference, created where it is not there yet. Collective.
+
+    Raises, alike on every rank:
+        ConfigError: the folder holds something else under its name.
+        StoreError: the folder cannot be written.
+    """
+
+    def open_it() -> ReferenceStore:
+        try:
+            return ReferenceStore(root, key, model=model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    return _together(open_it, topology)
+
+
 def fill(
     store: ReferenceStore,
     wanted: Wanted,
@@ -82,32 +103,22 @@ def fill(
         NonFiniteError: a log-prob is not finite.
         StoreError: the store cannot be written, or is not the same folder on every node.
     """
-    missing = _missing(store, wanted, topology, progress)
+    missing, found = _missing(store, wanted, topology, progress)
     num_tokens = 0
     if len(missing):
         lengths = wanted.pairs.lengths()[missing]
         _together(lambda: store.check_space(int(lengths[:, 1:].sum(dtype=np.int64))), topology)
         longest = int((lengths[:, 0] * 2 + lengths[:, 1] + lengths[:, 2]).max())
         cut = sweep_batching(wanted.cut, max_tokens, longest)
-        num_tokens = _sweep(
-            store, dataclasses.replace(wanted, rows=tuple(missing.tolist()), cut=cut),
-            open_reference(), progress, pairs_a_call,
-        )  # fmt: skip
-    values: dict[int, np.ndarray] = {}
-
-    def read() -> None:
-        nonlocal values
-        values, _ = store.read(wanted.pairs, wanted.rows)
-        if len(values) < len(wanted.rows):
-            raise StoreError(
-                f"rank {topology.rank} finds {len(values)} of {len(wanted.rows)} pairs in "
-                f"{store.folder}, which rank 0 says are there; reference.store_dir must be one "
-                "folder that every node sees"
-            )
-
-    _together(read if topology.is_last_stage else lambda: None, topology)
+        lacking = dataclasses.replace(wanted, rows=tuple(missing.tolist()), cut=cut)
+        num_tokens = _sweep(store, lacking, open_reference(), progress, pairs_a_call)
+    values = found if topology.is_last_stage else {}
+    if topology.is_last_stage and len(values) < len(wanted.rows):
+        read = partial(_read, store, wanted, topology.rank, PATIENCE_S if len(missing) else 0.0)
+    else:
+        read = partial(dict, values)
     return Filled(
-        values=values,
+        values=_together(read, topology),
         num_read=len(wanted.rows) - len(missing),
         num_swept=len(missing),
         num_tokens=num_tokens,
@@ -116,19 +127,37 @@ def fill(
 
 def _missing(
     store: ReferenceStore, wanted: Wanted, topology: Topology, progress: Any
-) -> np.ndarray:
-    """Rows that the store lacks, as rank 0 sees it: every rank must sweep alike."""
-    answer: list = [None]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(rows that the store lacks as rank 0 sees it, what rank 0 has read): all sweep alike."""
 
-    def look() -> None:
+    def look() -> tuple[list[int], dict[int, np.ndarray]]:
         found, damaged = store.read(wanted.pairs, wanted.rows)
         for line in damaged:
             progress.message(f"reference, {wanted.name}: {line}")
-        answer[0] = [row for row in wanted.rows if row not in found]
+        return [row for row in wanted.rows if row not in found], found
 
-    _together(look if topology.is_rank_zero else lambda: None, topology)
+    missing, found = _together(look if topology.is_rank_zero else lambda: ([], {}), topology)
+    answer = [missing]
     dist.broadcast_object_list(answer, src=0)
-    return np.asarray(answer[0], np.int64)
+    return np.asarray(answer[0], np.int64), found
+
+
+def _read(
+    store: ReferenceStore, wanted: Wanted, rank: int, patience_s: float
+) -> dict[int, np.ndarray]:
+    """Everything that is wanted; other nodes' new files may take a while to show."""
+    begin = time.monotonic()
+    while True:
+        values, _ = store.read(wanted.pairs, wanted.rows)
+        if len(values) == len(wanted.rows):
+            return values
+        if time.monotonic() - begin >= patience_s:
+            raise StoreError(
+                f"rank {rank} finds {len(values)} of {len(wanted.rows)} pairs in {store.folder}, "
+                "which rank 0 says are there; reference.store_dir must be one folder that every "
+                "node sees"
+            )
+        time.sleep(1.0)
 
 
 def _sweep(
@@ -170,20 +199,19 @@ def _check_finite(pair: Any, logps: np.ndarray, name: str, rank: int) -> None:
     )
 
 
-def _together(action: Callable[[], None], topology: Topology) -> None:
+def _together(action: Callable[[], Any], topology: Topology) -> Any:
     """Runs `action`; an error of one rank is raised on all: the others would wait for it."""
-    mine: Exception | None = None
+    result, mine = None, None
     try:
-        action()
-    except (NonFiniteError, StoreError, ValueError) as error:
+        result = action()
+    except (NonFiniteError, StoreError, ConfigError) as error:
         mine = error
-    texts: list = [None] * topology.world_size
-    kinds = {NonFiniteError: "numbers", StoreError: "store"}
-    dist.all_gather_object(texts, mine and (kinds.get(type(mine), "value"), str(mine)))
-    first = next((text for text in texts if text is not None), None)
+    errors: list = [None] * topology.world_size
+    dist.all_gather_object(errors, mine)
+    first = next((error for error in errors if error is not None), None)
     if first is not None:
-        errors = {"numbers": NonFiniteError, "store": StoreError, "value": ValueError}
-        raise errors[first[0]](first[1]) from mine
+        raise first from mine
+    return result
 
 
 def store_root(section: Any) -> Path:

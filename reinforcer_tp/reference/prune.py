@@ -90,9 +90,14 @@ def _is_unfinished(name: str) -> bool:
 
 
 def _doomed(path: Path, reason: str) -> Doomed:
-    return Doomed(path=path, reason=reason, num_bytes=path.stat().st_size if path.exists() else 0)
+    num_bytes = 0
+    with suppress(FileNotFoundError):  # it has just vanished
+        num_bytes = path.stat().st_size
+    return Doomed(path=path, reason=reason, num_bytes=num_bytes)
 
 
 def _modified(path: Path) -> float:
     """Unix time; a file that has just vanished is new."""
-    return path.stat().st_mtime if path.exists() else float("inf")
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return float("inf")

@@ -192,14 +192,13 @@ def fill_store(
     from reinforcer_tp.batches import micro_batching
     from reinforcer_tp.data.tokenized import TokenizedSet
     from reinforcer_tp.progress import Progress
-    from reinforcer_tp.reference.fill import Wanted, digest_reference, fill
+    from reinforcer_tp.reference.fill import Wanted, digest_reference, fill, open_store
     from reinforcer_tp.reference.keys import ReferenceKey, numerics
-    from reinforcer_tp.reference.store import ReferenceStore
 
     files = model_files(folder)
     config = config_of(layout, f"policy.precision={precision}")
     key = ReferenceKey(digest_reference(files, topology), numerics(precision))
-    store = ReferenceStore(Path(root), key, model=folder)
+    store = open_store(Path(root), key, folder, topology)
     cut = micro_batching(config, files.shape, topology)
     if max_pairs is not None:
         cut = replace(cut, max_tokens=None, max_pairs=max_pairs)

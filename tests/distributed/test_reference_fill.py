@@ -3,9 +3,11 @@
 import errno
 import os
 import struct
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,7 +49,6 @@ def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
 SAME = {  # what a model's log-probs do not depend on
     "two_files": {"num_files": 2},
     "initializer_range": {"config": lambda c: c.update(initializer_range=0.5)},
-    "max_position": {"config": lambda c: c.update(max_position_embeddings=512)},
 }
 OTHER = {
     "weight": {"weights": one_ulp},
@@ -128,26 +129,43 @@ def _run_layouts(folders: dict[str, str], alone_root: str, root: str) -> dict:
         if name == "dp2":
             rank = topology.rank
             results["blind"] = fill(alone_root if rank == 0 else f"{root}/elsewhere")
-            results["apart"] = fill(f"{root}/apart{rank}")
-            with full_disk() if rank == 1 else open(os.devnull):
+            with without_patience():
+                results["apart"] = fill(f"{root}/apart{rank}")
+            with late_files() if rank == 1 else nullcontext():
+                results["late"] = fill(f"{root}/late")
+            results["closed"] = fill(f"{root}/closed" if rank == 0 else os.devnull)
+            with full_disk() if rank == 1 else nullcontext():
                 results["full"] = fill(f"{root}/full")
             results["freed"] = fill(f"{root}/full")
     return results
 
 
-@contextmanager
 def full_disk():
     """No room for shards, on this rank."""
     from reinforcer_tp.reference import shards
 
-    def fail(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return mock.patch.object(shards, "write_whole", side_effect=error)
 
-    original, shards.write_whole = shards.write_whole, fail
-    try:
-        yield
-    finally:
-        shards.write_whole = original
+
+def without_patience():
+    """What other nodes have written is seen at once or not at all."""
+    from reinforcer_tp.reference import fill
+
+    return mock.patch.object(fill, "PATIENCE_S", 0.0)
+
+
+def late_files():
+    """This rank's first look at the store shows nothing, as a network file system may."""
+    from reinforcer_tp.reference.store import ReferenceStore
+
+    own, looks = ReferenceStore.read, []
+
+    def read(store, pairs, rows):
+        looks.append(1)
+        return ({}, []) if len(looks) == 1 else own(store, pairs, rows)
+
+    return mock.patch.object(ReferenceStore, "read", read)
 
 
 def test_a_sweep_gives_what_transformers_gives(swept_alone, expected):
@@ -275,6 +293,20 @@ def test_a_killed_sweep_goes_on_where_it_stopped(point, folders, expected, tmp_p
     assert found["messages"] == []
 
 
+def test_two_runs_fill_one_store_at_once(folders, expected, tmp_path):
+    """Each may sweep what the other has not written yet; later runs read one value a pair."""
+    inboxes = [tmp_path / str(i) for i in range(2)]
+    for inbox in inboxes:
+        inbox.mkdir()
+    root, folder = str(tmp_path / "store"), folders["model"]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda inbox: alone(_fill_alone, inbox, root, folder), inboxes))
+    third = alone(_fill_alone, tmp_path, root, folder)
+    assert third["swept"] == 0 and third["messages"] == []
+    for found in (*both, third):
+        assert_values(found["values"], expected)
+
+
 def test_a_damaged_shard_is_named_and_computed_again(folders, expected, tmp_path):
     options = {"max_pairs": 3}
     alone(_fill_in_small_shards, tmp_path, str(tmp_path), folders["model"])
@@ -317,6 +349,17 @@ def test_a_full_disk_of_one_rank_ends_every_rank(by_two, expected):
     for rank in ranks:
         assert_values(rank["freed"]["values"], expected)
     assert 0 < ranks[0]["freed"]["swept"] <= COUNT
+
+
+def test_files_that_another_node_shows_late_are_waited_for(by_two, expected):
+    for rank in by_two[1]:
+        assert_values(rank["late"]["values"], expected)
+
+
+def test_a_folder_that_a_rank_cannot_make_ends_every_rank(by_two):
+    errors = [rank["closed"] for rank in by_two[1]]
+    assert errors[0] == errors[1] and errors[0].startswith("StoreError: ")
+    assert os.devnull in errors[0] and "reference.store_dir=" in errors[0]
 
 
 def test_a_folder_that_a_rank_does_not_see_ends_every_rank(by_two):

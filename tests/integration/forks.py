@@ -99,6 +99,7 @@ class Fork:
         if pid is None:
             os.close(self._pipe)
             server.process.kill()
+            server.process.wait()
             raise RuntimeError(server.complaint())
         self.pid = pid
 
@@ -135,7 +136,9 @@ def running_server(environment: dict[str, str]) -> Server:
             _server.stop()
             _server = None
         if _server is None:
-            _server = Server(environment | {MARK: str(uuid.uuid4())})
+            # A mark of its own: what kills the processes of a run must leave it alive.
+            own = {MARK: str(uuid.uuid4()), "PYTHONPATH": str(FOLDER.parents[1])}
+            _server = Server(environment | own)
             atexit.register(_server.stop)
         return _server
 

@@ -76,7 +76,8 @@ def run_train(
     """Run train.py with `key=value` overrides; `nproc=None` starts it without torchrun.
 
     `fork` starts it, `nproc` times, in processes that have imported its modules: for tests of what
-    it says and does, not of how it is launched (there is no torchrun, and nothing imports anew).
+    it says and does, not of how it is launched. There is no torchrun, nothing is imported anew, and
+    all ranks hash strings alike, so that a set has one order; see forks.py.
     `kill_when` is asked all the time; once it says so, every process dies at once (SIGKILL).
     Without an override of `reference.*` the run has a store of its own, beside `log_dir`: what
     another test swept must not stand in for what this one would compute.

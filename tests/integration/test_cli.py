@@ -134,6 +134,7 @@ def test_dataset_class_of_the_readme_trains_as_transformers_does(random_llama, t
         log_dir=tmp_path / "run",
         nproc=None,
         env={"PYTHONPATH": str(tmp_path)},
+        fork=True,
     )
     assert result.returncode == 0, result.describe()
     assert sorted(result.train_steps()) == [1, 2]

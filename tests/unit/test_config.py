@@ -234,7 +234,10 @@ def test_nulls_that_stand_for_another_key():
     assert config.checkpoint_dir == "/runs/a/checkpoints"
     assert load(f"{MEGATRON}.optimizer.clip_grad=2").policy.clip_grad == 2.0
     assert load("policy.max_grad_norm=null").policy.clip_grad == 0.0
-    assert load("dpo.preference_average_log_probs=true").dpo.sft_averages is True
-    both = load("dpo.preference_average_log_probs=true", "dpo.sft_average_log_probs=false")
-    assert both.dpo.sft_averages is False
+    averages = "dpo.preference_average_log_probs=true"
+    assert load(averages).dpo.loss_options["sft_average_log_probs"] is True
+    both = load(averages, "dpo.sft_average_log_probs=false")
+    assert both.dpo.loss_options["sft_average_log_probs"] is False
+    assert load("dpo.rpo_alpha=0.5").dpo.loss_options["sft_average_log_probs"] is True
+    assert load("dpo.sft_loss_weight=1").dpo.loss_options["sft_average_log_probs"] is False
     assert math.isclose(load().policy.clip_grad, 1.0)

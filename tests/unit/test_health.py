@@ -33,6 +33,14 @@ class Tokens:
         parts = (self.policy[rows], self.reference[rows], self.entropy[rows])
         return Tokens(*parts, self.lengths[sequences], self.weights[chosen])
 
+    def rewards(self, *, averages, reference) -> np.ndarray:  # (B, 2)
+        d = self.policy - (self.reference if reference else 0.0)
+        ends = np.cumsum(self.lengths)
+        sums = np.array([d[end - n : end].sum() for n, end in zip(self.lengths, ends, strict=True)])
+        if averages or not reference:
+            sums = sums / self.lengths
+        return BETA * sums.reshape(-1, 2)
+
     def sums(self, *, averages=False, reference=True, entropy=True, **options):
         tensor = torch.from_numpy
         return health_sums(
@@ -42,8 +50,7 @@ class Tokens:
             tensor(np.repeat(np.arange(len(self.lengths)), self.lengths)),
             tensor(self.lengths),
             tensor(self.weights).float(),
-            beta=BETA,
-            averages=averages,
+            tensor(self.rewards(averages=averages, reference=reference)),
             **options,
         )
 
@@ -226,8 +233,7 @@ def test_sums_are_made_of_shapes_alone():
         torch.zeros(30, dtype=torch.int64, **meta),
         torch.ones(6, dtype=torch.int64, **meta),
         torch.ones(3, **meta),
-        beta=0.1,
-        averages=False,
+        torch.ones(3, 2, **meta),
     )
     assert tuple(sums) == SUMS
     assert not any(x.requires_grad for x in sums.values())

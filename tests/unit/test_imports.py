@@ -56,6 +56,11 @@ ALLOWED = {
         "reinforcer_tp.nonfinite",
         "reinforcer_tp.throughput",
     ),
+    "reinforcer_tp/nonfinite.py": (
+        "reinforcer_tp.data",
+        "reinforcer_tp.loss",
+        "reinforcer_tp.mcore",
+    ),
 }
 
 

@@ -26,7 +26,7 @@ def mean_loss(policy, reference, lengths, weights, **options):
         to(policy), to(reference), torch.as_tensor(lengths), to(weights), **options
     )
     count = sums["num_pairs"]
-    means = {n: (x / count).item() for n, x in sums.items() if n != "sequence_logps"}
+    means = {n: (x / count).item() for n, x in sums.items() if x.dim() == 0}
     return (loss / count).item(), means
 
 
@@ -191,7 +191,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
     torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts]), whole_gradient)
     for key, value in whole.items():
         pieces = [sums[key] for _, sums, _ in parts]
-        joined = torch.cat(pieces) if key == "sequence_logps" else sum(pieces)
+        joined = torch.cat(pieces) if key in ("sequence_logps", "rewards") else sum(pieces)
         torch.testing.assert_close(joined, value)
 
 
