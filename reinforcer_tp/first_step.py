@@ -24,12 +24,14 @@ from reinforcer_tp.mcore.topology import Topology
 FLOAT32_TOLERANCE = 1e-5
 _SLOPE = 0.05
 # In 16 bits a mean loss would hide large log-ratios of both signs, so the log-ratios themselves are
-# judged: so many times the noise between two packings, and at least this, since a store may come
-# from another layout (a 5-layer Llama in bfloat16: 3 times the noise of two packings).
+# judged: so many times the noise between two packings, and at least that of two layouts, from which
+# a store may come (tp=2 against tp=1 in bfloat16: 0.38 nats over 200 tokens of an 8-layer Llama,
+# 0.25 or 3 times the noise of two packings over about 100 of a 5-layer one). Errors of tokens add
+# up like a random walk. Other weights or tokens are off by nats.
 NOISE_FACTOR = 10.0
-LEAST_NOISE = 0.025  # nats in the sum of a response
+LEAST_NOISE = 0.005  # nats a response, per square root of its tokens
 NOISE_PAIRS = 64  # looked at
-_SUMMED = ("preference_loss", "num_pairs", "expected", "slope")
+_SUMMED = ("preference_loss", "num_pairs", "expected", "slope", "tokens", "responses")
 
 # row in the source -> (2,) sums of log-probs, chosen and rejected
 SumsByRow = dict[int, np.ndarray]
@@ -52,7 +54,7 @@ def check_first_step(
 
     In float32 the mean preference loss may be off by 1e-5 times how much steeper the loss is than
     sigmoid at beta 0.1, at least 1e-5. In 16 bits the log-ratios of the responses (root mean
-    square) may be 10 times the noise between two packings of the batch.
+    square) may be 10 times the noise between two packings of the batch, or what two layouts give.
 
     Raises:
         FirstStepError: on every rank, when they are more. Names the worst pair.
@@ -64,9 +66,13 @@ def check_first_step(
             batch.reference_logps, batch.sequence_id, batch.response_lengths,
             batch.pair_weights, batch.pair_margins, options,
         )  # fmt: skip
-        values = (report["preference_loss"], report["num_pairs"], expected, slope)
+        lengths = batch.response_lengths
+        values = (
+            *(report["preference_loss"].item(), report["num_pairs"].item()),
+            *(expected.item(), slope.item(), lengths.sum().item(), len(lengths)),
+        )
         for name, value in zip(_SUMMED, values, strict=True):
-            local[name] += value.item()
+            local[name] += value
     sums = reduce_metrics(local, _SUMMED, topology)
     num_pairs = max(sums["num_pairs"], 1.0)
     got, expected, slope = (sums[n] / num_pairs for n in ("preference_loss", "expected", "slope"))
@@ -78,7 +84,8 @@ def check_first_step(
         own = _policy_sums(batches, reports)
         noise = _rms_difference(own, swept_again(), topology)
         off = _rms_difference(own, _reference_sums(batches), topology)
-        tolerance = NOISE_FACTOR * max(noise, LEAST_NOISE)
+        length = sums["tokens"] / max(sums["responses"], 1.0)
+        tolerance = NOISE_FACTOR * max(noise, LEAST_NOISE * math.sqrt(length))
         text += (
             f" (log-ratios of {off:.1e} nats a response, at most {tolerance:.1e}; two packings "
             f"differ by {noise:.1e}; root mean squares)"
@@ -165,10 +172,13 @@ def _worst(
     pairs = [  # (row, log-ratios of chosen and rejected, their response tokens)
         (row, (policy[row] - reference[row]).tolist(), lengths)
         for batch in batches
-        for row, lengths in zip(
-            batch.rows, batch.response_lengths.view(-1, 2).tolist(), strict=True
+        for row, lengths, weight in zip(
+            batch.rows,
+            batch.response_lengths.view(-1, 2).tolist(),
+            batch.pair_weights.tolist(),
+            strict=True,
         )
-        if row in policy
+        if row in policy and weight > 0
     ]
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, pairs)

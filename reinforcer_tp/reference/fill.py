@@ -154,8 +154,8 @@ def _read(
         if time.monotonic() - begin >= patience_s:
             raise StoreError(
                 f"rank {rank} finds {len(values)} of {len(wanted.rows)} pairs in {store.folder}, "
-                "which rank 0 says are there; reference.store_dir must be one folder that every "
-                "node sees"
+                "where all should be now; reference.store_dir must be one folder that every node "
+                "sees"
             )
         time.sleep(1.0)
 

@@ -226,6 +226,11 @@ def fill_store(
     }
 
 
+def fill_alone(topology, root: str, folder: str, options: dict | None = None) -> dict:
+    """`fill_store` for `alone`."""
+    return fill_store(root, folder, topology, **(options or {}))
+
+
 def attempt(action: Callable[[], Any]) -> Any:
     """What `action` gives, or `Type: message` of the error it raises."""
     try:
@@ -259,3 +264,10 @@ def _run_alone(fn: Callable[..., Any], args: tuple, result: str) -> None:
 def packed_tokens(pairs: list) -> int:
     """Tokens laid out when each pair has its prompt once."""
     return sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+
+
+def assert_values(values: dict[int, np.ndarray], expected: list[np.ndarray]) -> None:
+    assert sorted(values) == list(range(len(expected)))
+    for index, logps in values.items():
+        assert logps.dtype == np.float32
+        np.testing.assert_allclose(logps, expected[index], rtol=0, atol=2e-5)

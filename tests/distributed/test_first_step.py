@@ -159,13 +159,14 @@ def gates(stage, precision: str, layout, cases: dict, *, forward_only: bool = Tr
 
 
 def swept_again(stage, config) -> dict[int, np.ndarray]:
-    """Row -> the policy's sums when every pair is in a row of its own, with nothing shared."""
-    from reinforcer_tp.loss import sequence_sums
-    from reinforcer_tp.mcore.schedule import forward_logps
+    """Row -> the policy's sums in the packing that the gate compares with."""
+    from reinforcer_tp.batches import micro_batching
+    from reinforcer_tp.data.tokenized import TokenizedSet
+    from reinforcer_tp.first_step import sweep_alone
 
-    batches = batches_of(stage, config, max_tokens=None, max_pairs=1, share="nothing")
-    found = zip(batches, forward_logps(stage, batches), strict=False)
-    return {b.rows[0]: sequence_sums(x, b.sequence_id, 2).numpy() for b, x in found if b.rows}
+    pairs = TokenizedSet.from_pairs(make_pairs())
+    cut = micro_batching(config, stage.model.shape, stage.topology)
+    return sweep_alone(stage, pairs, range(len(pairs)), cut)
 
 
 def batches_of(stage, config, values=None, **changes) -> tuple:
@@ -223,7 +224,7 @@ def test_an_error_names_the_pair_that_is_furthest_off(found, references, layout)
             chosen, rejected = np.split(right.astype(float) - wrong, [len(pair.chosen)])
             ratios.append((chosen.sum(), rejected.sum()))
         by_token = [
-            max(abs(c) / len(p.chosen), abs(r) / len(p.rejected))
+            (p.weight > 0) * max(abs(c) / len(p.chosen), abs(r) / len(p.rejected))
             for (c, r), p in zip(ratios, pairs, strict=True)
         ]
         worst = int(np.argmax(by_token))

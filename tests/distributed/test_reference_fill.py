@@ -1,24 +1,18 @@
-"""Reference log-probs through the store: the same from every layout, after a crash, or an error."""
+"""Reference log-probs through the store: the same from every layout, a key for each change."""
 
-import errno
-import os
-import struct
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from tests.distributed.reference_cases import (
-    BROKEN_TOKEN,
     LAYOUTS,
     SIZES,
     alone,
-    attempt,
+    assert_values,
+    fill_alone,
     fill_store,
     judge,
     make_pairs,
@@ -29,21 +23,13 @@ from tests.distributed.reference_cases import (
     write_variant,
 )
 from tests.distributed.spawn import run_distributed
-from tests.unit.reference_pairs import POINTS
 
 COUNT = len(SIZES)
-BROKEN = 6  # index of the pair with BROKEN_TOKEN, in its rejected response
-EXIT = 9
-SHARD = 2  # pairs in a shard of the interrupted sweeps
 
 
 def one_ulp(tensors: dict[str, torch.Tensor]) -> None:
     weight = tensors["model.layers.1.mlp.up_proj.weight"]
     weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(np.inf))
-
-
-def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.embed_tokens.weight"][BROKEN_TOKEN] = np.nan
 
 
 SAME = {  # what a model's log-probs do not depend on
@@ -63,9 +49,9 @@ OTHER = {
 def folders(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     source = write_model(root / "model")
-    cases = SAME | OTHER | {"broken": {"weights": not_a_number}}
     return {"model": source} | {
-        name: write_variant(root / name, source, **changes) for name, changes in cases.items()
+        name: write_variant(root / name, source, **changes)
+        for name, changes in (SAME | OTHER).items()
     }
 
 
@@ -78,7 +64,7 @@ def expected(folders) -> list[np.ndarray]:
 def swept_alone(folders, tmp_path_factory) -> tuple[Path, dict]:
     """(root, what a run of one process found there after its sweep)"""
     root = tmp_path_factory.mktemp("alone")
-    return root, alone(_fill_alone, root, str(root), folders["model"])
+    return root, alone(fill_alone, root, str(root), folders["model"])
 
 
 @pytest.fixture(scope="module")
@@ -88,84 +74,25 @@ def by_two(folders, swept_alone, tmp_path_factory) -> tuple[Path, list[dict]]:
     return root, run_distributed(_run_layouts, 2, folders, str(swept_alone[0]), str(root))
 
 
-def assert_values(values: dict[int, np.ndarray], expected: list[np.ndarray]) -> None:
-    assert sorted(values) == list(range(len(expected)))
-    for index, logps in values.items():
-        assert logps.dtype == np.float32
-        np.testing.assert_allclose(logps, expected[index], rtol=0, atol=2e-5)
-
-
-def _fill_alone(topology, root: str, folder: str, options: dict | None = None) -> dict:
-    return fill_store(root, folder, topology, **(options or {}))
-
-
-def broken_pairs() -> list:
-    pairs = make_pairs()
-    rejected = list(pairs[BROKEN].rejected)
-    rejected[1] = BROKEN_TOKEN  # the tokens behind it see it
-    pairs[BROKEN] = replace(pairs[BROKEN], rejected=rejected)
-    return pairs
-
-
 def _run_layouts(folders: dict[str, str], alone_root: str, root: str) -> dict:
-    """In one of two ranks: every layout; what goes wrong needs two writers, so dp=2."""
+    """In one of two ranks."""
     from reinforcer_tp.reference.fill import digest_reference
 
     results = {}
     for name, layout in LAYOUTS.items():
-        topology, folder = open_layout(layout), folders["model"]
+        topology = open_layout(layout)
         digests = {n: digest_reference(model_files(folders[n]), topology) for n in folders}
 
-        def fill(store: str, model: str = folder, topology=topology, layout=layout, **options):
-            return attempt(lambda: fill_store(store, model, topology, layout, **options))
+        def fill(store: str, topology=topology, layout=layout) -> dict:
+            return fill_store(store, folders["model"], topology, layout)
 
         results[name] = {
             "digests": digests,
             "own": fill(f"{root}/{name}"),
             "again": fill(f"{root}/{name}"),
             "of_one": fill(alone_root),
-            "broken": fill(f"{root}/{name}", folders["broken"], pairs=broken_pairs()),
         }
-        if name == "dp2":
-            rank = topology.rank
-            results["blind"] = fill(alone_root if rank == 0 else f"{root}/elsewhere")
-            with without_patience():
-                results["apart"] = fill(f"{root}/apart{rank}")
-            with late_files() if rank == 1 else nullcontext():
-                results["late"] = fill(f"{root}/late")
-            results["closed"] = fill(f"{root}/closed" if rank == 0 else os.devnull)
-            with full_disk() if rank == 1 else nullcontext():
-                results["full"] = fill(f"{root}/full")
-            results["freed"] = fill(f"{root}/full")
     return results
-
-
-def full_disk():
-    """No room for shards, on this rank."""
-    from reinforcer_tp.reference import shards
-
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return mock.patch.object(shards, "write_whole", side_effect=error)
-
-
-def without_patience():
-    """What other nodes have written is seen at once or not at all."""
-    from reinforcer_tp.reference import fill
-
-    return mock.patch.object(fill, "PATIENCE_S", 0.0)
-
-
-def late_files():
-    """This rank's first look at the store shows nothing, as a network file system may."""
-    from reinforcer_tp.reference.store import ReferenceStore
-
-    own, looks = ReferenceStore.read, []
-
-    def read(store, pairs, rows):
-        looks.append(1)
-        return ({}, []) if len(looks) == 1 else own(store, pairs, rows)
-
-    return mock.patch.object(ReferenceStore, "read", read)
 
 
 def test_a_sweep_gives_what_transformers_gives(swept_alone, expected):
@@ -203,7 +130,7 @@ def test_layouts_read_each_others_stores(by_two, swept_alone, folders, expected,
         for index, logps in found[1]["values"].items():
             np.testing.assert_array_equal(logps, written["values"][index])
     for layout in LAYOUTS:
-        found = alone(_fill_alone, tmp_path, str(root / layout), folders["model"])
+        found = alone(fill_alone, tmp_path, str(root / layout), folders["model"])
         assert found["tokens"] == 0 and not found["built"]
         for index, logps in found["values"].items():
             np.testing.assert_array_equal(logps, ranks[1][layout]["own"]["values"][index])
@@ -251,120 +178,6 @@ def test_tokens_mask_and_dtype_are_in_the_key(swept_alone, folders, tmp_path):
         "token": 1, "prompt": 1, "mask": 1, "sides": 1, "weight": 0, "bfloat16": COUNT,
     }  # fmt: skip
     before = swept_alone[1]["values"]
-    found_again = alone(_fill_alone, tmp_path, str(swept_alone[0]), folders["model"])
+    found_again = alone(fill_alone, tmp_path, str(swept_alone[0]), folders["model"])
     for index, logps in found_again["values"].items():
         np.testing.assert_array_equal(logps, before[index])
-
-
-def _die_sweeping(topology, root: str, folder: str, point: str) -> None:
-    """Dies at `point` of the third shard, or when the fifth pair comes."""
-    from reinforcer_tp.reference import store
-
-    store.SHARD_PAIRS = SHARD
-    write, add, written, added = store.write_shard, store.ShardWriter.add, [], []
-
-    def write_shard(*arguments):
-        written.append(1)
-        if len(written) == 3 and point in POINTS:
-            setattr(*POINTS[point])
-        return write(*arguments)
-
-    def add_pair(*arguments):
-        added.append(1)
-        if len(added) == 5 and point == "between shards":
-            os._exit(EXIT)
-        return add(*arguments)
-
-    store.write_shard, store.ShardWriter.add = write_shard, add_pair
-    fill_store(root, folder, topology, max_pairs=3)
-
-
-@pytest.mark.parametrize("point", [*POINTS, "between shards"])
-def test_a_killed_sweep_goes_on_where_it_stopped(point, folders, expected, tmp_path):
-    """At most the shard that was being written is computed again, and no value is wrong."""
-    code = -9 if point in POINTS else EXIT
-    alone(_die_sweeping, tmp_path, str(tmp_path), folders["model"], point, exit_code=code)
-    found = alone(_fill_alone, tmp_path, str(tmp_path), folders["model"], {"max_pairs": 3})
-    stored = 3 * SHARD if point == "after the rename" else 2 * SHARD
-    assert (found["read"], found["swept"]) == (stored, COUNT - stored)
-    by_length = sorted(make_pairs(), key=lambda p: -packed_tokens([p]))  # the longest come first
-    assert found["tokens"] == packed_tokens(by_length[stored:])
-    assert_values(found["values"], expected)
-    assert found["messages"] == []
-
-
-def test_two_runs_fill_one_store_at_once(folders, expected, tmp_path):
-    """Each may sweep what the other has not written yet; later runs read one value a pair."""
-    inboxes = [tmp_path / str(i) for i in range(2)]
-    for inbox in inboxes:
-        inbox.mkdir()
-    root, folder = str(tmp_path / "store"), folders["model"]
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda inbox: alone(_fill_alone, inbox, root, folder), inboxes))
-    third = alone(_fill_alone, tmp_path, root, folder)
-    assert third["swept"] == 0 and third["messages"] == []
-    for found in (*both, third):
-        assert_values(found["values"], expected)
-
-
-def test_a_damaged_shard_is_named_and_computed_again(folders, expected, tmp_path):
-    options = {"max_pairs": 3}
-    alone(_fill_in_small_shards, tmp_path, str(tmp_path), folders["model"])
-    shard = sorted(tmp_path.glob("*/*.parquet"))[1]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3 : len(content) // 3 + 4] = struct.pack("<f", -1.5)
-    shard.write_bytes(content)
-    found = alone(_fill_alone, tmp_path, str(tmp_path), folders["model"], options)
-    assert (found["read"], found["swept"]) == (COUNT - SHARD, SHARD)
-    assert len(found["messages"]) == 1 and str(shard) in found["messages"][0]
-    assert_values(found["values"], expected)
-
-
-def _fill_in_small_shards(topology, root: str, folder: str) -> None:
-    from reinforcer_tp.reference import store
-
-    store.SHARD_PAIRS = SHARD
-    fill_store(root, folder, topology, max_pairs=3)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_log_prob_that_is_not_finite_ends_every_rank(by_two, layout):
-    """Nothing of a pair that was swept with it is stored as a wrong value."""
-    errors = [rank[layout]["broken"] for rank in by_two[1]]
-    assert len(set(errors)) == 1
-    error, pair = errors[0], make_pairs()[BROKEN]
-    assert error.startswith("NonFiniteError: ")
-    assert f"training pair of source row {pair.row}, rejected side" in error
-    assert "(rank 0)" in error or "(rank 1)" in error
-    if layout == "pp2":
-        assert "(rank 1)" in error  # the last stage
-
-
-def test_a_full_disk_of_one_rank_ends_every_rank(by_two, expected):
-    """And what the other rank wrote counts afterwards."""
-    _, ranks = by_two
-    errors = [rank["full"] for rank in ranks]
-    assert errors[0] == errors[1] and errors[0].startswith("StoreError: ")
-    assert os.strerror(errno.ENOSPC) in errors[0] and "reference.store_dir=" in errors[0]
-    for rank in ranks:
-        assert_values(rank["freed"]["values"], expected)
-    assert 0 < ranks[0]["freed"]["swept"] <= COUNT
-
-
-def test_files_that_another_node_shows_late_are_waited_for(by_two, expected):
-    for rank in by_two[1]:
-        assert_values(rank["late"]["values"], expected)
-
-
-def test_a_folder_that_a_rank_cannot_make_ends_every_rank(by_two):
-    errors = [rank["closed"] for rank in by_two[1]]
-    assert errors[0] == errors[1] and errors[0].startswith("StoreError: ")
-    assert os.devnull in errors[0] and "reference.store_dir=" in errors[0]
-
-
-def test_a_folder_that_a_rank_does_not_see_ends_every_rank(by_two):
-    """Where rank 0 finds all the pairs, and where each rank wrote to a folder of its own."""
-    for case, rank in (("blind", "rank 1 finds 0 of 10"), ("apart", "rank 0 finds ")):
-        errors = [found[case] for found in by_two[1]]
-        assert errors[0] == errors[1] and errors[0].startswith("StoreError: ")
-        assert rank in errors[0] and "one folder that every node sees" in errors[0]

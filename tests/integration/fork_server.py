@@ -134,6 +134,7 @@ def wear(mark: str) -> None:
 
 def become(run: dict, rank: int) -> None:
     """What a new process finds: its environment, arguments, import path and working directory."""
+    os.environ.clear()
     os.environ.update(run["environment"])
     if run["nproc"] is not None:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -21,10 +21,11 @@ ONLY_TRAINING = [
 ]
 
 
-def materialised_head(hidden, weight, labels, *, vocab_size, **unused):
+def materialised_head(hidden, weight, labels, *, vocab_size, return_entropy, **unused):
     """Independent of the operator: all logits, log_softmax, autograd's own gradients."""
-    logits = hidden.float() @ weight[:vocab_size].float().t()
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    logps = (hidden.float() @ weight[:vocab_size].float().t()).log_softmax(-1)
+    chosen = logps.gather(1, labels[:, None])[:, 0]
+    return (chosen, -(logps.exp() * logps).sum(-1).detach()) if return_entropy else chosen
 
 
 def train_here(log_dir: str, overrides: list[str], is_materialised: bool) -> dict:
@@ -45,11 +46,13 @@ def train_here(log_dir: str, overrides: list[str], is_materialised: bool) -> dic
         mock.patch.object(schedule, "vocab_parallel_linear_logprob", spy),
         mock.patch.object(topology, "destroy_topology", lambda: None),  # the process group is lent
     ):
-        status = main([*ONLY_TRAINING, *steps, *overrides, f"logger.log_dir={log_dir}"])
+        folders = [f"logger.log_dir={log_dir}", f"reference.store_dir={log_dir}.store"]
+        status = main([*ONLY_TRAINING, *steps, *overrides, *folders])
     assert status == 0
     lines = read_metrics(Path(log_dir)) if torch.distributed.get_rank() == 0 else []
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    return {"losses": losses, "calls": calls}
+    steps = [line for line in lines if "train/loss" in line]
+    losses, entropies = ([step[f"train/{n}"] for step in steps] for n in ("loss", "entropy"))
+    return {"losses": losses, "entropies": entropies, "calls": calls}
 
 
 def largest_difference(losses: list[float], expected: list[float]) -> float:
@@ -69,7 +72,7 @@ def trained(tmp_path_factory):
         )
         return ranks[0]
 
-    return run("materialised", 1, is_materialised=True)["losses"], run
+    return run("materialised", 1, is_materialised=True), run
 
 
 SP2 = [f"{MEGATRON}.tensor_model_parallel_size=2", f"{MEGATRON}.sequence_parallel=true"]
@@ -87,9 +90,11 @@ def test_losses_of_training_are_those_of_materialised_logits(
     trained, name, world_size, mib, overrides
 ):
     expected, run = trained
-    assert expected[-1] < 0.2 * expected[0]  # the weights do move
+    losses = expected["losses"]
+    assert losses[-1] < 0.2 * losses[0]  # the weights do move
     result = run(name, world_size, *overrides)
-    assert largest_difference(result["losses"], expected) < 1e-5
+    assert largest_difference(result["losses"], losses) < 1e-5
+    assert largest_difference(result["entropies"], expected["entropies"]) < 1e-5
     # The reference sweep and validation keep nothing.
     assert result["calls"] == {("torch", True, mib * 2**20), ("torch", False, 0)}
 

@@ -157,6 +157,8 @@ def test_log_probs_that_come_with_the_rows_give_the_same_losses(config, pairs, f
     result = succeed(replace(config, data=data), tmp_path / "run", store(tmp_path / "store"))
     assert reference_tokens(result) == [0] * STEPS
     assert not (tmp_path / "store").exists()
+    stated = re.search(r"^first step: log-ratios of (\S+) nats a response", result.stdout, re.M)
+    assert float(stated[1]) < 1e-4
     assert_same_losses(result, first[0], 1e-5)
 
 
