@@ -53,7 +53,7 @@ def training(config: OracleConfig, steps: int, *extra: str) -> list[str]:
 
 
 def succeed(overrides: list[str], log_dir: Path, nproc: int = 2) -> RunResult:
-    result = run_train(overrides, log_dir=log_dir, nproc=nproc)
+    result = run_train(overrides, log_dir=log_dir, nproc=nproc, fork=True)
     assert result.returncode == 0, result.describe()
     return result
 
