@@ -144,13 +144,12 @@ class ShardWriter:
     def add(self, pair: TokenizedPair, logps: np.ndarray) -> None:
         """Takes the log-probs (C + R,) of one pair, chosen then rejected.
 
-        Raises StoreError where one is not finite, and when the disk fails.
+        Raises StoreError when the disk fails, and AssertionError where one is not finite.
         """
         logps = np.array(logps, np.float32)
         tokens, lengths = pair_ids(pair)
         assert logps.shape == (lengths[1:].sum(),), (logps.shape, lengths)
-        if not np.isfinite(logps).all():
-            raise StoreError(_not_finite(pair, logps))
+        assert np.isfinite(logps).all(), pair.row
         if not self._pairs:
             self._begin_s = time.monotonic()
         self._pairs.append((tokens, lengths, logps))
@@ -163,9 +162,6 @@ class ShardWriter:
         if pairs:
             write_shard(self._folder, encode_shard(joined(pairs), self._key))
 
-    def close(self) -> None:
-        self.flush()
-
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -176,19 +172,8 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.close()
+            self.flush()
         self._pairs = []
-
-
-def _not_finite(pair: TokenizedPair, logps: np.ndarray) -> str:
-    place = int(np.argmin(np.isfinite(logps)))
-    num_chosen = len(pair.chosen)
-    side, token = ("chosen", place) if place < num_chosen else ("rejected", place - num_chosen)
-    return (
-        f"the reference's log-prob of the pair of row {pair.row}, {side} response, token {token}, "
-        f"is {logps[place]}, expected a finite number; nothing of it was stored: check the "
-        "reference's weights, and float16 that overflows (policy.precision=bfloat16)"
-    )
 
 
 def _description_text(key: ReferenceKey, model: str) -> str:
