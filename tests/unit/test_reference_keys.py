@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from reinforcer_tp.data.chat import encode_pair
+from reinforcer_tp.data.pairs import PreferencePair
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 from reinforcer_tp.mcore.weights import SafetensorsReader
 from reinforcer_tp.reference.keys import (
@@ -22,6 +24,7 @@ from reinforcer_tp.reference.keys import (
     reference_digest,
     tensor_digests,
 )
+from tests.unit.toy_tokenizer import CHATML, toy_tokenizer
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 PAIRS = st.builds(TokenizedPair, prompt=IDS, chosen=IDS, rejected=IDS)
@@ -69,6 +72,22 @@ def test_a_set_on_disk_has_the_same_keys(tmp_path):
 def test_another_token_or_mask_is_another_key(change):
     pair = TokenizedPair(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6, 7, 8])
     assert pair_key(dataclasses.replace(pair, **change)) != pair_key(pair)
+
+
+def test_another_chat_template_is_another_key():
+    def side(text):
+        return [{"role": "assistant", "content": text}]
+
+    row = PreferencePair(
+        prompt=[{"role": "user", "content": "Hi"}], chosen=side("Hello"), rejected=side("No")
+    )
+
+    def key(template):
+        ids = encode_pair(row, toy_tokenizer(chat_template=template))
+        return pair_key(TokenizedPair(prompt=ids.prompt, chosen=ids.chosen, rejected=ids.rejected))
+
+    assert key(CHATML) == key(CHATML)
+    assert key(CHATML) != key(CHATML.replace("{{ m['role'] }}\n", "{{ m['role'] }}: "))
 
 
 def test_what_does_not_reach_the_reference_is_not_in_the_key():
