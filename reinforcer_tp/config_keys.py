@@ -82,6 +82,10 @@ def is_text(hint: object) -> bool:
     return str in _options(hint)
 
 
+def is_list(hint: object) -> bool:
+    return any(typing.get_origin(option) is list for option in _options(hint))
+
+
 def field_type(schema: type, key: str) -> object | None:
     """The type of a dotted key, or None where there is no such key."""
     hint: object = schema

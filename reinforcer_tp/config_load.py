@@ -15,13 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from reinforcer_tp.config_check import ConfigError, require, shown
-from reinforcer_tp.config_keys import describe, field_type, fields_of, is_text, suggest
+from reinforcer_tp.config_keys import (
+    describe,
+    field_type,
+    fields_of,
+    is_list,
+    is_text,
+    suggest,
+)
 
 _REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-7 is a number, 010 is not eight, 1:30 and a date are text."""
+    """Safe YAML in which 5e-7 is a number, 010 is not eight, 1:30, a date and off are text."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -29,7 +36,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _set_resolvers(cls: type) -> None:
-    replaced = ("float", "int", "timestamp")
+    replaced = ("float", "int", "timestamp", "bool")
     cls.yaml_implicit_resolvers = {
         first: [(tag, regex) for tag, regex in pairs if tag.rpartition(":")[2] not in replaced]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -41,6 +48,7 @@ def _set_resolvers(cls: type) -> None:
         "float": (rf"^(?:{plain}|{special})$", "-+0123456789."),
         "int": (r"^[-+]?(?:0|[1-9][\d_]*)$", "-+0123456789"),
         "null": (r"^None$", "N"),
+        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     }
     for tag, (pattern, first) in patterns.items():
         regex = re.compile(pattern, re.ASCII)
@@ -274,6 +282,7 @@ def _check_value(value: object, hint: object, key: str, origin: str) -> None:
     where = f"{key}={shown(value)} (from {origin}): expected {describe(hint)}"
     text_ok = not is_text(hint) or value is None or isinstance(value, str)
     require(text_ok, f"{where}; put it in quotes")
+    require(not is_list(hint) or value is None or isinstance(value, list), where)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     require(hint is not bool or not number, where)
     require(value != "???", where)

@@ -31,6 +31,7 @@ USED_BY = {
 }
 REFUSED = {
     "aot": "it sorts log-ratios over the whole batch, and losses here are sums over pairs",
+    "aot_pair": "it sorts log-ratios over the whole batch, and losses here are sums over pairs",
     "aot_unpaired": "it sorts log-ratios over the whole batch, and losses here are sums over pairs",
     "sft": "the SFT term has its own key: set dpo.sft_loss_weight (and dpo.preference_loss_weight=0"
     " for SFT alone)",
@@ -89,9 +90,10 @@ def chosen_losses(dpo) -> tuple[tuple[str, float], ...]:
 def _check_name(name: str) -> None:
     if name in LOSS_NAMES:
         return
-    if name in REFUSED:
-        raise ConfigError(f"dpo.preference_loss={name} is not supported: {REFUSED[name]}")
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), (*LOSS_NAMES, *MEANT), n=1)
+    plain = name.lower().replace("-", "_")
+    if plain in REFUSED:
+        raise ConfigError(f"dpo.preference_loss={name} is not supported: {REFUSED[plain]}")
+    near = difflib.get_close_matches(plain, (*LOSS_NAMES, *MEANT), n=1)
     hint = f"did you mean {MEANT.get(near[0], near[0])}? " if near else ""
     raise ConfigError(
         f"dpo.preference_loss={shown(name)} is unknown: {hint}expected one of "
@@ -107,6 +109,7 @@ def check_losses(dpo) -> None:
     _check_required(dpo, names)
     _check_averages(dpo, names)
     _check_divergence(dpo, names)
+    _check_teaches(dpo, names)
 
 
 def _check_ranges(dpo) -> None:
@@ -123,6 +126,21 @@ def _check_ranges(dpo) -> None:
         dpo.rpo_alpha is None or dpo.sft_loss_weight in (0, dpo.rpo_alpha),
         f"dpo.rpo_alpha={dpo.rpo_alpha} and dpo.sft_loss_weight={dpo.sft_loss_weight} are two "
         f"names of one weight; set one of them",
+    )
+
+
+def _check_teaches(dpo, names: list[str]) -> None:
+    """Refuse a loss without a gradient: the run would end as it began."""
+    weight, beta = dpo.preference_loss_weight, dpo.reference_policy_kl_penalty
+    require(
+        dpo.sft_weight > 0 or (weight > 0 and beta > 0),
+        f"dpo.preference_loss_weight={weight:g} with dpo.reference_policy_kl_penalty={beta:g} and "
+        f"dpo.sft_loss_weight=0 trains nothing; set the first two above 0, or an SFT weight",
+    )
+    require(
+        "rpo" not in names or "sigmoid" not in names,
+        "dpo.preference_loss names sigmoid and rpo, which are one loss (rpo needs an SFT weight); "
+        "name one of them",
     )
 
 

@@ -93,8 +93,15 @@ def check_vocabulary(tokenizer: Any, *models: ModelFiles | None) -> None:
             )
 
 
-def check_same_tokenizer(tokenizer: Any, reference: ModelFiles) -> None:
-    """Raises ValueError when the reference's folder has a tokenizer of other ids."""
+def check_same_vocabulary(tokenizer: Any, policy: ModelFiles, reference: ModelFiles) -> None:
+    """Raises ValueError when the reference has another vocabulary, or a tokenizer of other ids."""
+    if policy.shape.vocab_size != reference.shape.vocab_size:
+        raise ValueError(
+            f"the reference in {reference.folder} embeds {reference.shape.vocab_size} tokens, the "
+            f"policy in {policy.folder} {policy.shape.vocab_size}: their log-probs are over "
+            "different vocabularies; give a reference of the same family with "
+            "reference.model_name, or resize its embedding to the policy's"
+        )
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((reference.folder / name).is_file() for name in files):
         return

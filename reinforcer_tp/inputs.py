@@ -19,7 +19,7 @@ from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.embedded import ensure_embedded
 from reinforcer_tp.hf_files import (
     ModelFiles,
-    check_same_tokenizer,
+    check_same_vocabulary,
     check_vocabulary,
     open_model,
 )
@@ -75,7 +75,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     )
     check_vocabulary(tokenizer, files, reference_files)
     if reference_files is not None:
-        check_same_tokenizer(tokenizer, reference_files)
+        check_same_vocabulary(tokenizer, files, reference_files)
     data = prepare_data(
         data_section,
         tokenizer=tokenizer,
@@ -86,6 +86,8 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     if config.dpo.val_period <= 0:
         data = dataclasses.replace(data, validation=None)
     check_reference_columns(config, data)
+    if not data.train.weights.any():
+        raise ValueError("every training row has weight 0, so that nothing would be trained")
     for pairs in filter(None, (data.train, data.validation)):
         check_margins(config, pairs)
         check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)

@@ -106,6 +106,7 @@ def open_references(
     elif mode == "store":
         key = ReferenceKey(digest, numerics(config.policy.precision))
         store = open_store(store_root(config.reference), key, str(files.folder), topology)
+        progress.message(f"reference store: {store.folder}")
         for name, pairs in sets.items():
             wanted = _wanted(config, inputs, name, pairs, topology)
             filled = _fill(config, store, wanted, models.reference, topology, progress)

@@ -166,7 +166,7 @@ def survey(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
         ("pairs", f"{len(seen):,}"),
         ("duplicate pairs", f"{num_pairs - len(seen):,}"),
         ("response tokens", f"{num_tokens:,}"),
-        ("MiB", f"{num_bytes / 2**20:,.1f}"),
+        ("MiB", f"{num_bytes / 2**20:,.2f}"),
         ("first written", _written(shards[0]) if shards else "-"),
         ("last written", _written(shards[-1]) if shards else "-"),
         ("damaged shards", f"{len(damaged):,}"),
@@ -195,6 +195,10 @@ def verify(arguments: argparse.Namespace) -> int:
     for line in verdict.damaged:
         print(f"damaged: {line}")
     if not verdict.agrees:
+        print(
+            f"if its values are wrong: python -m reinforcer_tp.reference prune {arguments.store} "
+            f"--reference {folder.name}"
+        )
         return _EXIT_DIFFERS
     return _EXIT_DATA if verdict.damaged else 0
 

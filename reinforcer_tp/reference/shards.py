@@ -26,6 +26,10 @@ import pyarrow.parquet as pq
 from reinforcer_tp.reference.keys import ReferenceKey, flat_keys
 
 FORMAT = 1  # of shards and of reference.json
+REMEDY = (
+    "free space, give another folder (reference.store_dir=...), or do without a store "
+    "(reference.mode=resident reference.store_dir=null)"
+)
 SHARD_NAME = re.compile(r"(\d{20})-([0-9a-f]{32})\.parquet")
 BUILDING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_.-]*-\d+-[0-9a-f]{16}")
 
@@ -179,10 +183,22 @@ def write_shard(folder: Path, content: bytes) -> Path:
     return path
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made."""
+    probe = _building(folder)
+    probe.touch(exist_ok=False)
+    probe.unlink()
+
+
+def _building(folder: Path) -> Path:
+    """A name of its own for a file that is not whole yet."""
+    host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
+    return folder / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all, also after a crash. Raises OSError."""
-    host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
-    building = path.with_name(f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}")
+    building = _building(path.parent)
     try:
         with open(building, "xb") as file:
             file.write(content)
@@ -213,8 +229,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"{doing} failed: {error.strerror or error}; free space or mend the permissions, "
-            "give another folder (reference.store_dir=...), or do without (reference.mode=resident)"
+            f"{doing} failed: {error.strerror or error}; mend the permissions, {REMEDY}"
         ) from error
 
 

@@ -26,9 +26,11 @@ import numpy as np
 from reinforcer_tp.reference.keys import ReferenceKey, flat_keys, pair_ids
 from reinforcer_tp.reference.shards import (
     FORMAT,
+    REMEDY,
     DamagedShard,
     Shard,
     StoreError,
+    check_writable,
     disk_errors,
     encode_shard,
     joined,
@@ -118,15 +120,15 @@ class ReferenceStore:
         return ShardWriter(self.folder, self.key)
 
     def check_space(self, num_tokens: int) -> None:
-        """Raises StoreError when the disk has no room for so many response tokens."""
+        """Raises StoreError when nothing can be written or so many response tokens have no room."""
         needed = num_tokens * _TOKEN_BYTES
-        with disk_errors(f"asking for the free space of {self.folder}"):
+        with disk_errors(f"writing to {self.folder}"):
+            check_writable(self.folder)
             free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise StoreError(
-                f"{self.folder} has {free / 2**20:,.0f} MiB free, the log-probs of {num_tokens:,} "
-                f"response tokens take about {needed / 2**20:,.0f} MiB; free space, give another "
-                "folder (reference.store_dir=...), or do without (reference.mode=resident)"
+                f"{self.folder} has {free / 2**20:,.2f} MiB free, the log-probs of {num_tokens:,} "
+                f"response tokens take about {needed / 2**20:,.2f} MiB; {REMEDY}"
             )
 
 

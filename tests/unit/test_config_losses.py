@@ -91,6 +91,15 @@ def test_when_a_reference_is_needed(overrides, needed):
     assert dpo(*overrides).needs_reference is needed
 
 
+def test_off_is_a_word(tmp_path):
+    assert dpo("first_step_check=off").first_step_check == "off"
+    path = tmp_path / "a.yaml"
+    path.write_text("policy: {model_name: m}\ndpo: {first_step_check: off}\n")
+    config = load_config(str(path), [])
+    path.write_text(to_yaml(config))
+    assert load_config(str(path), []) == config and config.dpo.first_step_check == "off"
+
+
 def test_lists_survive_yaml_and_their_order_counts(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
@@ -116,7 +125,11 @@ def test_options_that_are_accepted_are_finite_where_the_policy_is_the_reference(
         ["preference_loss=discopop", "discopop_tau=1e-6"],
         ["preference_loss=discopop", "discopop_tau=1"],
         ["preference_loss=ipo", "reference_policy_kl_penalty=1e-3"],
-        ["preference_loss=[sigmoid,hinge,apo_down]", "reference_policy_kl_penalty=0"],
+        [
+            "preference_loss=[sigmoid,hinge,apo_down]",
+            "reference_policy_kl_penalty=0",
+            "rpo_alpha=1",
+        ],
         ["preference_loss=orpo", "reference_policy_kl_penalty=0", "sft_loss_weight=1"],
         ["f_divergence_type=alpha_divergence", "f_alpha_divergence_coef=-1000"],
         ["f_divergence_type=alpha_divergence", "f_alpha_divergence_coef=1000"],
@@ -191,6 +204,11 @@ REFUSALS = [
     (["preference_loss=ipo", "reference_policy_kl_penalty=0"], ("ipo divides by", "got 0")),
     (["preference_loss=sppo_hard", "reference_policy_kl_penalty=0"], ("sppo_hard divides by",)),
     (["first_step_check=maybe"], ("first_step_check=maybe", "error, warn, off")),
+    (["loss_weights={a: 1}"], ("dpo.loss_weights={'a': 1}", "expected")),
+    (["preference_loss=[sigmoid,rpo]", "rpo_alpha=1"], ("sigmoid and rpo", "one of them")),
+    (["preference_loss=KTO"], ("preference_loss=KTO is not supported", "bco_pair")),
+    (["preference_loss_weight=0"], ("trains nothing",)),
+    (["reference_policy_kl_penalty=0"], ("trains nothing",)),
 ]
 
 

@@ -99,7 +99,7 @@ def test_space_is_asked_for_beforehand(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=80 * 2**20)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda folder: usage)
     own.check_space(10 * 2**20)  # a token takes an id and a log-prob, 8 bytes
-    with pytest.raises(StoreError, match=r"80 MiB free.* take about 88 MiB") as error:
+    with pytest.raises(StoreError, match=r"80.00 MiB free.* take about 88.00 MiB") as error:
         own.check_space(11 * 2**20)
     assert str(own.folder) in str(error.value) and "reference.store_dir=" in str(error.value)
 
