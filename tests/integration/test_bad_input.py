@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.harness import RunResult, run_train
@@ -87,6 +88,28 @@ def data(*rows: dict, path_key: str = "train_data_path", tail: str = "", name: s
         return [f"data.{path_key}={path}"]
 
     return write
+
+
+def with_columns(**columns: object):
+    """Twelve good rows with more columns."""
+
+    def write(folder: Path, model: Path) -> list[str]:
+        path = write_jsonl(folder / "more.jsonl", [row | columns for row in make_rows(12)])
+        return [f"data.train_data_path={path}"]
+
+    return write
+
+
+def reference_of_another_vocabulary(folder: Path, model: Path) -> list[str]:
+    def longer(tensors: dict) -> dict:
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        more = {n: torch.cat([tensors[n], tensors[n][:8]]) for n in names if n in tensors}
+        return tensors | more
+
+    edited_model(
+        folder, model, tensors=longer, config=lambda c: c | {"vocab_size": c["vocab_size"] + 8}
+    )
+    return [f"reference.model_name={folder / 'model'}"]
 
 
 def chat_rows(folder: Path, model: Path) -> list[str]:
@@ -176,6 +199,25 @@ CASES = {
     "smaller-than-a-batch": Bad(
         overrides=("policy.train_global_batch_size=100",),
         says=("policy.train_global_batch_size", "100", "12"),
+    ),
+    "every-weight-is-zero": Bad(files=with_columns(weight=0.0), says=("weight 0",)),
+    "margins-that-the-loss-does-not-use": Bad(
+        files=with_columns(margin=0.5),
+        overrides=("dpo.preference_loss=ipo",),
+        says=("margin", "ipo", "data.ignore_columns=[margin]"),
+    ),
+    "reference-columns-and-a-resident-reference": Bad(
+        files=with_columns(ref_chosen_logps=-3.0, ref_rejected_logps=-4.0),
+        overrides=("reference.mode=resident",),
+        says=("ref_chosen_logps", "reference.mode=resident", "data.ignore_columns"),
+    ),
+    "reference-columns-and-single-tokens": Bad(
+        files=with_columns(ref_chosen_logps=-3.0, ref_rejected_logps=-4.0),
+        overrides=("dpo.ld_alpha=0.5",),
+        says=("ref_chosen_logps", "dpo.ld_alpha"),
+    ),
+    "a-reference-of-another-vocabulary": Bad(
+        files=reference_of_another_vocabulary, says=("embeds", "reference.model_name")
     ),
     "chat-rows-without-template": Bad(files=chat_rows, says=("policy.tokenizer.chat_template",)),
     "no-eos": Bad(files=no_eos, says=("EOS",)),
