@@ -133,9 +133,7 @@ def _implementation(impl: str, hidden: Tensor, weight: Tensor) -> ModuleType:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, labels, head, cache_budget_bytes, backend, entropy_grad
-    ):
+    def forward(ctx, hidden, weight, bias, labels, head, cache_budget_bytes, backend, entropy_grad):
         ctx.head, ctx.backend = head, backend
         ctx.set_materialize_grads(False)
         rows = gather_rows(hidden, head)
