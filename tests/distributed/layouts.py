@@ -271,7 +271,8 @@ def round_trip(folder: str, directory: Path) -> dict:
     assert training.ddp[0].ddp_config.overlap_param_gather
     steps(parts, 2)
     saved = save_checkpoint(
-        directory, 2, model, training, topology, fingerprint="f", data_fingerprint="d", metrics={}
+        *(directory, 2, model, training, topology),
+        **{"fingerprint": "f", "data_fingerprint": "d", "reference": "r", "metrics": {}},
     )
     at_save = whole(full_tensors(model, topology)), _optimizer_tensors(training)
     uninterrupted = steps(parts, 1)

@@ -143,7 +143,7 @@ def run_families(folders: dict[str, str], layout: tuple, export_root: str) -> di
         zero_grad(training)
         stage = Stage(model=model, modules=training.ddp, topology=topology, kernel_impl="auto")
 
-        def weighted_sum(logps, batch):
+        def weighted_sum(logps, entropies, batch):
             # Megatron divides by the number of pairs.
             return (logps * token_weights(len(logps))).sum() * batch.num_pairs, {}
 

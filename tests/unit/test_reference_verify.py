@@ -89,10 +89,11 @@ def test_verify_finds_one_wrong_number(stored, tmp_path, capsys, monkeypatch):
             begin += count
     model = store.read_description(folder).model
     assert main(["verify", str(tmp_path), "--pairs", "99", "--model", model]) == 1
-    first, worst = lines_of(capsys)
+    first, worst, advice = lines_of(capsys)
     of = model_pair(4)
     assert first.startswith("DIFFERS: 10 pairs, per response token at most 1.0e-03")
     assert f"rejected token {len(of.rejected) - 1} of a pair of {list(map(len, of[:3]))}" in worst
+    assert f"prune {tmp_path} --reference {folder.name}" in advice
 
 
 def key_of_store(root: Path) -> ReferenceKey:
