@@ -91,8 +91,7 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
     for pairs in filter(None, (data.train, data.validation)):
         check_margins(config, pairs)
         check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)
-        for model in filter(None, (files, reference_files)):
-            check_token_ids(pairs, model.shape.vocab_size)
+        check_token_ids(pairs, files.shape.vocab_size)  # the reference's is the same
     total_steps = num_steps(config, len(data.train))
     checkpoint, start_step = _resume_point(
         config, data.fingerprint, world_size, files.shape.num_layers

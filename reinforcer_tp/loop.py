@@ -45,8 +45,8 @@ from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 from reinforcer_tp.nonfinite import NonFiniteError, blame
 from reinforcer_tp.throughput import Throughput, step_rates
 
-MEANS = (*METRICS, "num_pairs")  # what dpo_loss sums over pairs; reported as means
-SUMS = (*MEANS, *HEALTH_SUMS)
+# What dpo_loss sums over pairs, reported as means; their number; what health_sums counts.
+SUMS = (*METRICS, "num_pairs", *HEALTH_SUMS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
     """Per pair of weight > 0 in the global batch, and the run's health."""
     num_pairs = sums["num_pairs"]
-    means = {name: sums[name] / max(num_pairs, 1) for name in MEANS if name != "num_pairs"}
+    means = {name: sums[name] / max(num_pairs, 1) for name in METRICS}
     return means | {"num_pairs": int(num_pairs)} | health_metrics(sums)
 
 

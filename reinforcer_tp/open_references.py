@@ -12,10 +12,8 @@ from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.inputs import Inputs
 from reinforcer_tp.loop import PairSet
 from reinforcer_tp.mcore.checkpoint import read_state
-from reinforcer_tp.mcore.model import build_model
-from reinforcer_tp.mcore.schedule import Stage, open_stage
+from reinforcer_tp.mcore.schedule import Stage, load_stage
 from reinforcer_tp.mcore.topology import Topology
-from reinforcer_tp.mcore.weights import load_weights
 from reinforcer_tp.metrics import Progress
 from reinforcer_tp.reference.fill import (
     Filled,
@@ -67,11 +65,9 @@ class _Models:
 
     def build(self, files: Any) -> Stage:
         begin = time.perf_counter()
-        policy, topology = self._config.policy, self._topology
-        model = build_model(files.hf_config, policy, topology)
-        load_weights(model, files.reader, topology)
+        stage = load_stage(files.hf_config, files.reader, self._config.policy, self._topology)
         self.build_s += time.perf_counter() - begin
-        return open_stage(model, policy, topology)
+        return stage
 
 
 def open_references(

@@ -24,8 +24,9 @@ from kernels import vocab_parallel_linear_logprob
 from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.data.packed_batch import PackedBatch, ResponseRows, response_rows
 from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
-from reinforcer_tp.mcore.model import PolicyModel
+from reinforcer_tp.mcore.model import PolicyModel, build_model
 from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.weights import load_weights
 
 # (policy log-probs (N,) float32, entropies (N,) without gradient, batch) -> (sum of the loss over
 # pairs, what is reported of the micro-batch)
@@ -56,6 +57,13 @@ def open_stage(model: PolicyModel, policy: Any, topology: Topology) -> Stage:
         kernel_impl=policy.kernel_impl,
         kernel_cache_bytes=policy.kernel_cache_mib * 2**20,
     )
+
+
+def load_stage(hf_config: Any, reader: Any, policy: Any, topology: Topology) -> Stage:
+    """A new model of `hf_config` with the weights that `reader` gives (weights.load_weights)."""
+    model = build_model(hf_config, policy, topology)
+    load_weights(model, reader, topology)
+    return open_stage(model, policy, topology)
 
 
 def check_kernel_impl(wanted: str, device: torch.device) -> None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from reinforcer_tp.data.micro_batches import MicroBatching
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.embedded import default_cache_root
 from reinforcer_tp.mcore.schedule import Stage
-from reinforcer_tp.mcore.shape import model_shape
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.mcore.weights import hf_tensors
 from reinforcer_tp.nonfinite import NonFiniteError
@@ -62,7 +60,7 @@ def digest_reference(files: Any, topology: Topology) -> str:
 
 def maths_of(files: Any) -> dict[str, Any]:
     """What besides its tensors decides the numbers of a model's forward pass, as JSON."""
-    shape = dataclasses.asdict(model_shape(files.hf_config))
+    shape = dataclasses.asdict(files.shape)
     del shape["initializer_range"]  # of random weights, which are hashed themselves
     return shape | {"rope": dict(files.hf_config.rope_parameters)}
 
@@ -112,11 +110,14 @@ def fill(
         cut = sweep_batching(wanted.cut, max_tokens, longest)
         lacking = dataclasses.replace(wanted, rows=tuple(missing.tolist()), cut=cut)
         num_tokens = _sweep(store, lacking, open_reference(), progress, pairs_a_call)
-    values = found if topology.is_last_stage else {}
-    if topology.is_last_stage and len(values) < len(wanted.rows):
-        read = partial(_read, store, wanted, topology.rank, PATIENCE_S if len(missing) else 0.0)
-    else:
-        read = partial(dict, values)
+
+    def read() -> dict[int, np.ndarray]:
+        if not topology.is_last_stage:
+            return {}
+        if len(found) == len(wanted.rows):
+            return found
+        return _read(store, wanted, topology.rank, PATIENCE_S if len(missing) else 0.0)
+
     return Filled(
         values=_together(read, topology),
         num_read=len(wanted.rows) - len(missing),

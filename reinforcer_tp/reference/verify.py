@@ -12,10 +12,8 @@ from reinforcer_tp.config import Config, load_config
 from reinforcer_tp.data.micro_batches import MicroBatching, check_token_ids
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 from reinforcer_tp.hf_files import ModelFiles, open_model
-from reinforcer_tp.mcore.model import build_model
-from reinforcer_tp.mcore.schedule import open_stage
+from reinforcer_tp.mcore.schedule import load_stage
 from reinforcer_tp.mcore.topology import Topology, destroy_topology, init_topology
-from reinforcer_tp.mcore.weights import load_weights
 from reinforcer_tp.reference.fill import digest_reference
 from reinforcer_tp.reference.keys import numerics
 from reinforcer_tp.reference.shards import DamagedShard, Shard
@@ -148,8 +146,6 @@ def _compute(
     config: Config, files: ModelFiles, pairs: TokenizedSet, topology: Topology
 ) -> dict[int, np.ndarray]:
     """Each pair alone and nothing shared: not as a run would pack them."""
-    model = build_model(files.hf_config, config.policy, topology)
-    load_weights(model, files.reader, topology)
     cut = MicroBatching(
         max_tokens=None,
         max_pairs=1,
@@ -159,7 +155,7 @@ def _compute(
         equal_rows=False,
         share="nothing",
     )
-    stage = open_stage(model, config.policy, topology)
+    stage = load_stage(files.hf_config, files.reader, config.policy, topology)
     return sweep_reference(stage, pairs, range(len(pairs)), cut)
 
 

@@ -18,12 +18,11 @@ from reinforcer_tp.data.micro_batches import micro_batches
 from reinforcer_tp.hf_files import open_model
 from reinforcer_tp.loop import loss_function
 from reinforcer_tp.mcore.cpu import cuda_type_names
-from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import Training, build_training, zero_grad
-from reinforcer_tp.mcore.schedule import Stage, forward_backward, open_stage, reduce_metrics
+from reinforcer_tp.mcore.schedule import Stage, forward_backward, load_stage, reduce_metrics
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology, init_topology
-from reinforcer_tp.mcore.weights import full_tensors, hf_shape, load_weights
+from reinforcer_tp.mcore.weights import full_tensors, hf_shape
 from reinforcer_tp.reference.sweep import sweep_reference
 from reinforcer_tp.selftest.compare import Measured
 from reinforcer_tp.selftest.processes import Task
@@ -85,10 +84,8 @@ def measure(task: Task) -> Measured:
 
 def _stage(config: Config, model_name: str | None, perturbed: bool, topology: Topology) -> Stage:
     files = open_model(config, model_name or config.policy.model_name, None)
-    model = build_model(files.hf_config, config.policy, topology)
     reader = Perturbed(files.reader, files.shape) if perturbed else files.reader
-    load_weights(model, reader, topology)
-    return open_stage(model, config.policy, topology)
+    return load_stage(files.hf_config, reader, config.policy, topology)
 
 
 def _sweep(stage: Stage, task: Task) -> dict[int, np.ndarray]:

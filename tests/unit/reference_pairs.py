@@ -1,4 +1,5 @@
-"""Pairs whose log-probs anyone can recompute, and a process that dies while it stores them.
+"""Pairs whose log-probs anyone can recompute, a process that dies while it stores them, and what a
+command printed.
 
 Imports no torch, so that the tests that start many processes stay short.
 """
@@ -78,6 +79,17 @@ def files(folder: Path) -> list[Path]:
 
 def shard_files(folder: Path) -> list[Path]:
     return [path for path in files(folder) if path.suffix == ".parquet"]
+
+
+def lines_of(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def one_error(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    return captured.err
 
 
 def die(*_: object, **__: object) -> None:

@@ -8,20 +8,9 @@ import pytest
 
 from reinforcer_tp.reference.__main__ import main
 from reinforcer_tp.reference.store import ReferenceKey, ReferenceStore
-from tests.unit.reference_pairs import KEY, fill, pair, true_logps
+from tests.unit.reference_pairs import KEY, fill, lines_of, one_error, pair, true_logps
 
 OTHER = ReferenceKey("77" * 32, "bfloat16-v1")
-
-
-def lines_of(capsys) -> list[str]:
-    return capsys.readouterr().out.splitlines()
-
-
-def one_error(capsys) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ")
-    return captured.err
 
 
 def names(folder: Path, key: ReferenceKey = KEY) -> set[str]:

@@ -17,18 +17,7 @@ from reinforcer_tp.reference import store
 from reinforcer_tp.reference.__main__ import main
 from reinforcer_tp.reference.keys import numerics, reference_digest, tensor_digests
 from reinforcer_tp.reference.store import ReferenceKey, ReferenceStore
-from tests.unit.reference_pairs import KEY, Pair, fill, pair, true_logps
-
-
-def lines_of(capsys) -> list[str]:
-    return capsys.readouterr().out.splitlines()
-
-
-def one_error(capsys) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ")
-    return captured.err
+from tests.unit.reference_pairs import KEY, Pair, fill, lines_of, one_error, pair, true_logps
 
 
 def model_pair(row: int) -> Pair:
@@ -44,9 +33,9 @@ def model(tmp_path_factory) -> Path:
 
 def key_of(folder: Path) -> ReferenceKey:
     hf_config = AutoConfig.from_pretrained(folder)
-    names = list(hf_tensors(model_shape(hf_config)))
-    digests = tensor_digests(SafetensorsReader(folder), names)
-    files = type("Files", (), {"hf_config": hf_config})
+    shape = model_shape(hf_config)
+    digests = tensor_digests(SafetensorsReader(folder), list(hf_tensors(shape)))
+    files = type("Files", (), {"hf_config": hf_config, "shape": shape})
     return ReferenceKey(reference_digest(digests, filling.maths_of(files)), numerics("float32"))
 
 
