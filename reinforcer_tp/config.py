@@ -63,9 +63,13 @@ class DPOConfig:
     first_step_check: Literal["error", "warn", "off"] = (
         "error"  # before step 1 the loss must be its value at policy = reference; ours
     )
+    on_nonfinite: Literal["stop", "skip"] = (
+        "stop"  # a loss or gradient that is not finite ends the run, or its batch is skipped; ours
+    )
+    max_nonfinite_steps: int = 3  # skipped steps in a row, then the run ends; ours
 
     def __post_init__(self):
-        in_range(self, "dpo", "max_num_epochs max_num_steps", 1)
+        in_range(self, "dpo", "max_num_epochs max_num_steps max_nonfinite_steps", 1)
         in_range(self, "dpo", "val_global_batch_size val_micro_batch_size", 1)
         in_range(self, "dpo", "seed", 0, 2**32 - 1)
         in_range(self, "dpo", "reference_policy_kl_penalty", 0)
@@ -295,12 +299,27 @@ class CheckpointingConfig:
     keep_top_k: int | None = 3  # checkpoints kept; null = all
     metric_name: str | None = "validation/loss"  # decides which are kept; null = the newest
     higher_is_better: bool = False  # for metric_name
-    resume: Literal["auto", "never"] = "auto"  # auto = from the newest checkpoint; ours
+    checkpoint_must_save_by: str | None = (
+        None  # DD:HH:MM:SS after the start: a checkpoint is saved by then and the run stops
+    )
+    async_save: bool = False  # copy to host memory, write while training goes on; ours
+    resume: str = "auto"  # auto = from the newest checkpoint; never; or a step_N folder; ours
+    on_damaged: Literal["stop", "previous"] = (
+        "stop"  # a damaged checkpoint ends the start, or the one before it is taken; ours
+    )
+    allow_changed: list[str] = field(
+        default_factory=list
+    )  # keys (or data) in which a resumed run may differ from its checkpoint; ours
     export_hf: bool = True  # write <logger.log_dir>/hf at the end; ours
 
     def __post_init__(self):
         in_range(self, "checkpointing", "save_period keep_top_k", 1)
         config_check.metric_key(self.metric_name)
+        config_check.duration_s(self.checkpoint_must_save_by)
+        require(
+            self.resume.strip() != "",
+            "checkpointing.resume is empty; expected auto, never or a step_N folder",
+        )
 
     @property
     def metric_key(self) -> str | None:
@@ -356,9 +375,10 @@ class LoggerConfig:
 class ClusterConfig:
     gpus_per_node: int | None = None  # processes on a node; null = what torchrun started
     num_nodes: int | None = None  # nodes; null = what torchrun started
+    hang_timeout_s: float = 600.0  # without progress, then the silent rank is named; ours
 
     def __post_init__(self):
-        in_range(self, "cluster", "gpus_per_node num_nodes", 1)
+        in_range(self, "cluster", "gpus_per_node num_nodes hang_timeout_s", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,8 +427,10 @@ NOT_IN_FINGERPRINT = (
     "data.share_prefix",
     "data.share_prompts",
     "dpo.first_step_check",
+    "dpo.max_nonfinite_steps",
     "dpo.max_num_epochs",
     "dpo.max_num_steps",
+    "dpo.on_nonfinite",
     "dpo.val_at_end",
     "dpo.val_at_start",
     "dpo.val_batches",

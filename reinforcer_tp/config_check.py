@@ -5,6 +5,7 @@ is refused before any process group exists. `config` arguments are `reinforcer_t
 """
 
 import math
+import re
 
 # Names of validation and train metrics (metrics.jsonl, without the `train/` or `validation/`).
 METRICS = (
@@ -64,6 +65,20 @@ def not_built(key: str, value: object, feature: str, allowed: object) -> None:
         f"{key}={shown(value)}: {feature} is not built yet; expected {shown(allowed)}; "
         f"remove the key",
     )
+
+
+def duration_s(text: str | None) -> float | None:
+    """Seconds of `checkpointing.checkpoint_must_save_by` (DD:HH:MM:SS). Raises ConfigError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,3}):(\d{2}):(\d{2}):(\d{2})", text)
+    require(
+        match is not None,
+        f"checkpointing.checkpoint_must_save_by={shown(text)} is no duration; expected "
+        "DD:HH:MM:SS after the start, such as 00:03:45:00; quote it in YAML",
+    )
+    days, hours, minutes, seconds = map(int, match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def metric_key(name: str | None) -> str | None:
