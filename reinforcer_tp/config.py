@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 
 from reinforcer_tp import config_check, config_load, config_loss
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
+from reinforcer_tp.config_keys import flatten
 from reinforcer_tp.model_shape import find_model_shape, validate_model
 from reinforcer_tp.pipeline_layout import check_pipeline, virtual_stages
 
 __all__ = [
     "Config",
     "ConfigError",
+    "decisive",
     "find_model_shape",
     "fingerprint",
     "load_config",
@@ -473,18 +475,18 @@ def to_yaml(config: Config) -> str:
     return config_load.dump(dataclasses.asdict(config))
 
 
-def fingerprint(config: Config) -> str:
-    """A stable hash (16 hex digits) of the keys that determine the numbers of a run.
+def decisive(config: Config) -> dict[str, Any]:
+    """The keys that determine the numbers of a run: dotted key -> value.
 
-    Two configurations that differ only in NOT_IN_FINGERPRINT have the same one: a run may be
+    Two configurations that differ only in NOT_IN_FINGERPRINT have the same ones: a run may be
     extended, watched otherwise or moved to another layout.
     """
-    tree = dataclasses.asdict(config)
-    for key in NOT_IN_FINGERPRINT:
-        *sections, last = key.split(".")
-        owner = tree
-        for section in sections:
-            owner = owner[section]
-        del owner[last]
-    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    flat = flatten(dataclasses.asdict(config))
+    ignored = tuple(f"{key}." for key in NOT_IN_FINGERPRINT)
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(ignored)}
+
+
+def fingerprint(config: Config) -> str:
+    """A stable hash (16 hex digits) of `decisive` keys."""
+    text = json.dumps(decisive(config), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Mapping
 
 # What people call a key elsewhere -> our key. Also searched for near misses.
 ALIASES = {
@@ -148,3 +149,12 @@ def _nearest(keys: list[str], key: str) -> str | None:
 
 def _alike(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Nested mappings as one, keys joined by dots."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -6,9 +6,7 @@ full dotted key.
 """
 
 import dataclasses
-import difflib
 import re
-from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,51 +21,10 @@ from reinforcer_tp.config_keys import (
     is_text,
     suggest,
 )
+from reinforcer_tp.config_yaml import UNREADABLE, Loader, check_nodes, read_yaml
+from reinforcer_tp.secrecy import holds_secret, redact
 
 _REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}", re.ASCII)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-7 is a number, 010 is not eight, 1:30, a date and off are text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back unchanged."""
-
-
-def _set_resolvers(cls: type) -> None:
-    replaced = ("float", "int", "timestamp", "bool")
-    cls.yaml_implicit_resolvers = {
-        first: [(tag, regex) for tag, regex in pairs if tag.rpartition(":")[2] not in replaced]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    digits, power = r"\d[\d_]*", r"[eE][-+]?\d+"
-    plain = rf"[-+]?(?:{digits}\.[\d_]*(?:{power})?|{digits}{power}|\.{digits}(?:{power})?)"
-    special = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-    patterns = {
-        "float": (rf"^(?:{plain}|{special})$", "-+0123456789."),
-        "int": (r"^[-+]?(?:0|[1-9][\d_]*)$", "-+0123456789"),
-        "null": (r"^None$", "N"),
-        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    }
-    for tag, (pattern, first) in patterns.items():
-        regex = re.compile(pattern, re.ASCII)
-        cls.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", regex, list(first))
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Unless escaped, these line ends are read back as spaces.
-    style = '"' if set(text) & set("\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_set_resolvers(_Loader)
-_set_resolvers(_Dumper)
-_Dumper.add_representer(str, _represent_text)
-
-
-def dump(tree: dict) -> str:
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def load(schema: type, path: str | None, overrides: list[str]) -> object:
@@ -78,6 +35,7 @@ def load(schema: type, path: str | None, overrides: list[str]) -> object:
     sources = [] if path is None else [(str(path), read_yaml(path))]
     sources += [("the command line", parse_override(schema, text)) for text in overrides]
     for origin, tree in sources:
+        _check_secrets(tree, "", origin)
         check_tree(schema, schema, tree, "", origin)
     merged = _merge(schema, sources)
     try:
@@ -133,70 +91,6 @@ def _lookup(tree: object, key: str) -> object:
     return tree
 
 
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file. ConfigError names file and line of what is wrong with it."""
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(
-            file.name, [p.name for p in file.parent.glob("*.y*ml")], n=1
-        )
-        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-        raise ConfigError(f"--config {path}: there is no such file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config {path} cannot be read: {error}; expected a YAML file"
-        ) from None
-    return parse_yaml(text, str(path))
-
-
-def parse_yaml(text: str, origin: str) -> dict:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            kind = "nothing" if node is None else f"a {node.id}"
-            raise ConfigError(
-                f"{origin}: expected a mapping of sections (dpo:, policy:), got {kind}"
-            )
-        _check_nodes(node, "", origin, ())
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{origin}{where}: not valid YAML: {problem}") from None
-    finally:
-        loader.dispose()
-
-
-def _check_nodes(node: yaml.Node, prefix: str, origin: str, parents: tuple) -> None:
-    """Refuse duplicate keys, keys that are not text, and anchors that contain themselves."""
-    line = node.start_mark.line + 1
-    require(node not in parents, f"{origin} line {line}: {prefix} contains itself (a YAML alias)")
-    children = [] if isinstance(node, yaml.ScalarNode) else node.value
-    seen: dict[str, int] = {}
-    for child in children:
-        if not isinstance(node, yaml.MappingNode):
-            _check_nodes(child, prefix, origin, (*parents, node))
-            continue
-        key, value = child
-        line = key.start_mark.line + 1
-        require(
-            isinstance(key, yaml.ScalarNode) and key.tag.endswith((":str", ":merge")),
-            f"{origin} line {line}: a key of {prefix or 'the file'} is not text; put it in quotes",
-        )
-        full = f"{prefix}.{key.value}" if prefix else key.value
-        require(
-            key.value not in seen,
-            f"{origin} line {line}: duplicate key {full}, first given in line "
-            f"{seen.get(key.value)}; keep one of the two",
-        )
-        seen[key.value] = line
-        _check_nodes(value, full, origin, (*parents, node))
-
-
 def parse_override(schema: type, text: str) -> dict:
     """One `a.b.c=value` argument as a nested dict.
 
@@ -225,14 +119,16 @@ def parse_override(schema: type, text: str) -> dict:
 
 
 def _parse_value(text: str, key: str, as_text: bool) -> object:
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         if as_text:
             return _text_value(node, text)
-        _check_nodes(node, key, "the command line", ())
+        check_nodes(node, key, "the command line", ())
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except UNREADABLE as error:
+        if isinstance(error, ConfigError):
+            raise
         if as_text:
             return text
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -286,6 +182,21 @@ def _check_value(value: object, hint: object, key: str, origin: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     require(hint is not bool or not number, where)
     require(value != "???", where)
+
+
+def _check_secrets(value: object, key: str, origin: str) -> None:
+    """Refuse credentials: the configuration is written to the run's folder and to trackers."""
+    children = value.items() if isinstance(value, dict) else []
+    for name, child in enumerate(value) if isinstance(value, list) else children:
+        _check_secrets(name, key, origin)
+        _check_secrets(child, f"{key}.{redact(str(name))}" if key else redact(str(name)), origin)
+    if isinstance(value, str) and holds_secret(value):
+        raise ConfigError(
+            f"{key} (from {origin}) holds a credential: {shown(redact(value))}; it would be "
+            "written to config.yaml and to the trackers; put it into the environment (HF_TOKEN, "
+            "WANDB_API_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, ...) and leave "
+            "it out here"
+        )
 
 
 def _check_references(value: object, key: str, origin: str) -> None:

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,8 +163,7 @@ def _correlation(s: Mapping[str, float]) -> float | None:
 class HealthWatch:
     """Says in plain words when a mean over the last WINDOW steps looks wrong, and what may help.
 
-    A condition speaks once, and again only after it was absent for WINDOW steps. A resumed run
-    starts a new window.
+    A condition speaks once, and again only after it was absent for WINDOW steps.
     """
 
     WINDOW = 10  # steps: one odd batch says nothing
@@ -192,7 +192,13 @@ class HealthWatch:
         self._absent_steps: dict[str, int] = {}  # of the conditions that spoke
 
     def hints(self, step: int, metrics: Mapping[str, float | None]) -> list[str]:
-        """Lines about step `step` (from 1), whose `metrics` are named with train/; mostly none."""
+        """Lines about step `step` (from 1), whose `metrics` are named with train/; mostly none.
+
+        A step that was skipped, which has no loss, is passed over.
+        """
+        loss = metrics.get("train/loss", 0.0)
+        if loss is None or not math.isfinite(loss):
+            return []
         finite = {n: v for n, v in metrics.items() if v is not None and math.isfinite(v)}
         self._window.append(finite)
         if self._first_entropy is None:
@@ -203,6 +209,20 @@ class HealthWatch:
         texts = {check.__name__: check() for check in (*checks, self._entropy)}
         when = f"step {step}: over the last {self.WINDOW} steps"
         return [f"{when} {text}" for name, text in texts.items() if self._is_news(name, text)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had never stopped."""
+        return {
+            "window": list(self._window),
+            "first_entropy": self._first_entropy,
+            "absent_steps": self._absent_steps,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `to_json`."""
+        self._window.extend(saved["window"])
+        self._first_entropy = saved["first_entropy"]
+        self._absent_steps = dict(saved["absent_steps"])
 
     def _is_news(self, name: str, text: str | None) -> bool:
         if text is not None:

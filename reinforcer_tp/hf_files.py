@@ -1,6 +1,6 @@
 """The Hugging Face files a run starts from and leaves behind: config.json, weights, tokenizer."""
 
-import shutil
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,18 @@ from reinforcer_tp.embedded import EmbeddedPaths
 from reinforcer_tp.mcore.model import DTYPES
 from reinforcer_tp.mcore.shape import ModelShape, model_shape, rope_frequencies
 from reinforcer_tp.mcore.weights import RandomReader, SafetensorsReader, check_weights
+from reinforcer_tp.model_shape import SUPPORTED_MODEL_TYPES
+from reinforcer_tp.untrusted import inside, read_json, refuse_code
 
+# Of a config.json: what decides the network or the ids. Anything else is left unread.
+_FIELDS = (
+    "architectures attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim "
+    "hidden_act hidden_size initializer_range intermediate_size layer_types "
+    "max_position_embeddings max_window_layers mlp_bias model_type num_attention_heads "
+    "num_hidden_layers num_key_value_heads pad_token_id partial_rotary_factor pretraining_tp "
+    "rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings "
+    "torch_dtype use_cache use_sliding_window vocab_size"
+)
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 
@@ -33,19 +44,16 @@ def open_model(config: Config, model_name: str, embedded: EmbeddedPaths | None) 
 
     Raises:
         ConfigError: there is no such model, or this layout cannot hold it.
-        ValueError: the architecture is not built; a tensor is missing or misshapen.
+        ValueError: the architecture is not built; a tensor is missing or misshapen; a file asks for
+            code or leads out of the folder.
     """
-    from transformers import AutoConfig
-
     load_weights = config.policy.load_weights
     name = embedded.model if model_name == "embedded" else model_name
     folder = _folder(name, with_weights=load_weights)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"policy.model_name={model_name}: there is no config.json in {folder}")
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json is no config of transformers: {error}") from error
+    hf_config = read_config(folder)
+    _generation_config(folder)
     shape = model_shape(hf_config)
     rope_frequencies(hf_config)  # refuses what is not built
     validate_model(config, hf_config.to_dict())
@@ -54,6 +62,45 @@ def open_model(config: Config, model_name: str, embedded: EmbeddedPaths | None) 
     )
     check_weights(reader, shape)
     return ModelFiles(folder=folder, hf_config=hf_config, shape=shape, reader=reader)
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of the known fields in config.json. Raises ValueError.
+
+    transformers itself would read any field, and some of them name code.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = inside(folder, "config.json")
+    content = read_json(path)
+    refuse_code(content, path)
+    if content.get("quantization_config"):
+        raise ValueError(
+            f"{path} has quantization_config: the weights are quantized, which is not built; give "
+            "the float32, bfloat16 or float16 weights"
+        )
+    model_type = content.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        names = (f"{name} ({name.capitalize()}ForCausalLM)" for name in SUPPORTED_MODEL_TYPES)
+        raise ValueError(
+            f"{path} is of model_type {str(model_type)[:80]!r}, architectures "
+            f"{str(content.get('architectures'))[:80]}; expected one of {', '.join(names)}"
+        )
+    fields = {name: value for name, value in content.items() if name in _FIELDS.split()}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # whatever transformers makes of what others wrote
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is no config of transformers: {reason}") from error
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    path = inside(folder, "generation_config.json")
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    refuse_code(content, path)
+    return content
 
 
 def _folder(name: str, *, with_weights: bool) -> Path:
@@ -122,7 +169,7 @@ def write_companions(files: ModelFiles, tokenizer: Any, precision: str, folder: 
     """Adds config.json, generation_config.json and the tokenizer to an exported folder."""
     files.hf_config.dtype = DTYPES[precision]
     files.hf_config.save_pretrained(folder)
-    generation = files.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copy(generation, folder / generation.name)
+    generation = _generation_config(files.folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(folder)

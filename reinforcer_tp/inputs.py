@@ -6,16 +6,15 @@ Every rank reads alike and finds the same mistakes, so that bad input ends all o
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from reinforcer_tp.batches import num_steps
-from reinforcer_tp.config import Config, ConfigError, fingerprint
+from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
 from reinforcer_tp.data.prepare import PreparedData, TokenizedSet, prepare_data
-from reinforcer_tp.data.tokenizer import load_tokenizer
+from reinforcer_tp.data.tokenizer import load_tokenizer, tokenizer_digests
 from reinforcer_tp.embedded import ensure_embedded
 from reinforcer_tp.hf_files import (
     ModelFiles,
@@ -23,13 +22,12 @@ from reinforcer_tp.hf_files import (
     check_vocabulary,
     open_model,
 )
-from reinforcer_tp.mcore.checkpoint import check_resumable, list_checkpoints, read_state
 from reinforcer_tp.mcore.model import choose_layer_spec
 from reinforcer_tp.mcore.schedule import check_kernel_impl
-from reinforcer_tp.mcore.topology import check_device_count, layout_of
+from reinforcer_tp.mcore.topology import check_device_count
 from reinforcer_tp.metrics import check_loggers
-from reinforcer_tp.pipeline_layout import stage_layers
 from reinforcer_tp.preference_losses import WITH_MARGINS, uses_margins
+from reinforcer_tp.resume import ResumePoint, find_resume_points, identity
 from reinforcer_tp.run_directory import finished_steps
 
 
@@ -42,12 +40,23 @@ class Inputs:
     tokenizer: Any
     data: PreparedData
     total_steps: int  # optimizer steps of the whole run
-    checkpoint: Path | None  # to go on from
-    start_step: int  # optimizer steps that it holds
+    identity: dict[str, Any]  # what a resumed run must have in common with its checkpoint
+    resume_points: tuple[ResumePoint, ...]  # checkpoints to go on from, the best first
+    passed_over: tuple[str, ...]  # what is wrong with better ones
     finished_step: int | None  # where this run ended before; None = it has not
 
+    @property
+    def resumed(self) -> ResumePoint | None:
+        """The checkpoint to go on from."""
+        return self.resume_points[0] if self.resume_points else None
 
-def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps done."""
+        return self.resumed.step if self.resumed else 0
+
+
+def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
     """Raises ConfigError or ValueError, one line. `holds_run`: logger.log_dir has this run."""
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     check_device_count(local_world_size)
@@ -93,19 +102,19 @@ def open_inputs(config: Config, *, holds_run: bool, world_size: int) -> Inputs:
         check_pairs_fit(pairs, policy.micro_batch_tokens, config.data.share)
         check_token_ids(pairs, files.shape.vocab_size)  # the reference's is the same
     total_steps = num_steps(config, len(data.train))
-    checkpoint, start_step = _resume_point(
-        config, data.fingerprint, world_size, files.shape.num_layers
-    )
+    run_identity = identity(config, data.report, tokenizer_digests(tokenizer))
+    points, errors = find_resume_points(config, run_identity)
     finished_step = finished_steps(config) if holds_run else None
-    _check_steps(config, total_steps, start_step, finished_step)
+    _check_steps(config, total_steps, points[0].step if points else 0, finished_step)
     return Inputs(
         files=files,
         reference_files=reference_files,
         tokenizer=tokenizer,
         data=data,
         total_steps=total_steps,
-        checkpoint=checkpoint,
-        start_step=start_step,
+        identity=run_identity,
+        resume_points=tuple(points),
+        passed_over=tuple(map(str, errors)),
         finished_step=finished_step,
     )
 
@@ -146,36 +155,6 @@ def check_reference_columns(config: Config, data: PreparedData) -> None:
             f"dpo.ld_alpha weights single tokens, but {what} are sums of whole responses; {fix}, "
             "or remove dpo.ld_alpha"
         )
-
-
-def _resume_point(
-    config: Config, data_fingerprint: str, world_size: int, num_layers: int
-) -> tuple[Path | None, int]:
-    """(checkpoint to go on from, optimizer steps done): the newest one of this run, if any."""
-    found = list_checkpoints(Path(config.checkpoint_dir))
-    if not config.checkpointing.enabled or not found:
-        return None, 0
-    step, folder = list(found.items())[-1]
-    if config.checkpointing.resume == "never":
-        raise ConfigError(
-            f"{folder} exists and checkpointing.resume=never; "
-            "choose another checkpointing.checkpoint_dir, or use checkpointing.resume=auto"
-        )
-    megatron = config.policy.megatron_cfg
-    check_resumable(
-        folder,
-        read_state(folder),
-        fingerprint=fingerprint(config),
-        data_fingerprint=data_fingerprint,
-        layout=layout_of(
-            world_size,
-            megatron.tensor_model_parallel_size,
-            megatron.pipeline_model_parallel_size,
-            megatron.virtual_stages,
-        )
-        | {"layers_of_stages": stage_layers(megatron, num_layers)},
-    )
-    return folder, step
 
 
 def _check_steps(

@@ -1,21 +1,25 @@
 """train(), train_step(), evaluate(): the only place that steps the optimizer."""
 
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
-from reinforcer_tp.config import Config, fingerprint
+from reinforcer_tp.config import Config
 from reinforcer_tp.config_check import METRICS
+from reinforcer_tp.data.loader import steps_per_epoch
 from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
+from reinforcer_tp.faultpoints import fault_point, poison
 from reinforcer_tp.first_step import (
     FirstStepError,
     check_first_step,
@@ -26,7 +30,7 @@ from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import HealthWatch, health_metrics, health_sums
 from reinforcer_tp.loss import LossOptions, dpo_loss
-from reinforcer_tp.mcore.checkpoint import prune_checkpoints, save_checkpoint
+from reinforcer_tp.mcore.checkpoint import CheckpointWriter
 from reinforcer_tp.mcore.optim import (
     Training,
     current_lr,
@@ -42,7 +46,14 @@ from reinforcer_tp.mcore.schedule import (
     reduce_metrics,
 )
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
-from reinforcer_tp.nonfinite import NonFiniteError, blame
+from reinforcer_tp.nonfinite import (
+    SkippedSteps,
+    Trouble,
+    look_at_gradient,
+    look_at_loss,
+    loss_scale_trouble,
+)
+from reinforcer_tp.stops import Reason, Stopped, Stops
 from reinforcer_tp.throughput import Throughput, step_rates
 
 # What dpo_loss sums over pairs, reported as means; their number; what health_sums counts.
@@ -71,11 +82,14 @@ class Run:
     validation_set: PairSet | None
     logger: MetricLogger | None  # rank 0 only
     progress: Progress
-    data_fingerprint: str  # of the tokenized sets
-    reference_digest: str | None  # of the reference's weights
+    writer: CheckpointWriter | None  # None = no checkpoints are written
+    identity: Mapping[str, Any]  # what a resumed run must have in common with this one
+    restored: Mapping[str, Any]  # state of the checkpoint that the run goes on from
+    stops: Stops
     sweep_s: float  # seconds of reading and sweeping, reported with the first step
     sweep_tokens: int  # that the reference computed then, likewise
     starts_at_reference: bool  # before the first step the policy's weights are the reference's
+    skips: SkippedSteps = field(default_factory=SkippedSteps)
 
 
 def loss_function(config: Config, *, token_reference: bool = True) -> LossFunction:
@@ -87,6 +101,7 @@ def loss_function(config: Config, *, token_reference: bool = True) -> LossFuncti
 
     def loss(logps: torch.Tensor, entropies: torch.Tensor, batch: PackedBatch):
         reference = batch.reference_logps
+        logps = poison("nonfinite.logps", logps, batch.rows)
         pairs = (batch.sequence_id, batch.response_lengths, batch.pair_weights)
         loss_sum, report = dpo_loss(logps, reference, *pairs, batch.pair_margins, options)
         health = health_sums(
@@ -103,57 +118,103 @@ def loss_function(config: Config, *, token_reference: bool = True) -> LossFuncti
 
 
 def train(run: Run, *, start_step: int, total_steps: int) -> None:
-    """Steps from `start_step` (done so far) to `total_steps`, validating and saving on schedule."""
-    dpo, checkpointing = run.config.dpo, run.config.checkpointing
+    """Steps from `start_step` (done so far) to `total_steps`, validating and saving on schedule.
+
+    Raises Stopped, on every rank, when one of them was asked to stop: after a checkpoint.
+    """
+    dpo, stops, topology = run.config.dpo, run.stops, run.stage.topology
     validates = run.validation_set is not None and dpo.val_period > 0
-    options = LossOptions(**dpo.loss_options)
-    watch = HealthWatch(
-        beta=options.beta,
-        sft_loss_weight=options.sft_loss_weight,
-        losses=[name for name, _ in options.losses],
-        averages=options.preference_average_log_probs,
-    )
+    memory = Memory.of(run)
     throughput = Throughput(run.sweep_s)
-    if run.stage.topology.device.type == "cuda":  # the sweep's rows are longer than training's
-        torch.cuda.reset_peak_memory_stats(run.stage.topology.device)
-    latest: dict[str, float] = {}
+    if topology.device.type == "cuda":  # the sweep's rows are longer than training's
+        torch.cuda.reset_peak_memory_stats(topology.device)
+    stops.begin_loop(start_step)
     if validates and dpo.val_at_start and start_step == 0:
-        latest |= evaluate(run, step=0)
+        memory.validated(0, evaluate(run, step=0))
     for step in range(start_step + 1, total_steps + 1):
+        stops.phase("step")
         metrics = train_step(run, step, is_first=step == start_step + 1)
-        run.progress.update(step, metrics)
-        if not np.isfinite(metrics["train/grad_norm"]):
-            run.progress.message(
-                f"step {step} changed no weight: a gradient overflowed float16; the loss scale is "
-                "halved"
-            )
-        for hint in watch.hints(step, metrics):
-            run.progress.message(hint)
+        stops.step(step)
+        fault_point("step.end")
+        _show(run, step, metrics, memory.watch)
         throughput.add(metrics)
-        if run.logger is not None:
-            run.logger.log(step, metrics)
-        latest |= metrics
-        is_last = step == total_steps
-        is_validated = validates and (step % dpo.val_period == 0 or (is_last and dpo.val_at_end))
-        is_saved = checkpointing.enabled and (is_last or step % checkpointing.save_period == 0)
+        memory.latest |= metrics
+        is_last, reason = step == total_steps, _asked_to_stop(run)
+        is_validated = step % max(dpo.val_period, 1) == 0 or (is_last and dpo.val_at_end)
+        is_validated = validates and is_validated and reason is None
+        is_saved = run.writer is not None and (
+            is_last or reason is not None or step % run.config.checkpointing.save_period == 0
+        )
         if is_validated or is_saved or is_last:  # the export follows the last step
             gather_weights(run.training)
         if is_validated:
-            latest |= evaluate(run, step=step)
+            memory.validated(step, evaluate(run, step=step))
         if is_saved:
-            _save(run, step, latest)
+            _save(run, step, memory, at_once=is_last or reason is not None)
+        if reason is not None and not is_last:
+            folder = Path(run.config.checkpoint_dir) / f"step_{step}" if is_saved else None
+            raise Stopped(reason, step=step, total_steps=total_steps, saved=folder)
+    stops.end_loop()
     if total_steps > start_step:
         run.progress.message(throughput.panel())
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """What the run knows of its past steps; checkpoints keep it."""
+
+    watch: HealthWatch
+    latest: dict[str, float | None]  # last known value of every metric
+    history: list[dict[str, float | None]]  # metrics of each validation, with its step
+
+    @classmethod
+    def of(cls, run: Run) -> "Memory":
+        options, restored = LossOptions(**run.config.dpo.loss_options), run.restored
+        watch = HealthWatch(
+            beta=options.beta,
+            sft_loss_weight=options.sft_loss_weight,
+            losses=[name for name, _ in options.losses],
+            averages=options.preference_average_log_probs,
+        )
+        if "health" in restored:
+            watch.restore(restored["health"])
+        latest, history = restored.get("latest", {}), restored.get("history", [])
+        return cls(watch=watch, latest=dict(latest), history=list(history))
+
+    def validated(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        self.latest |= metrics
+        self.history.append({"step": step, **_finite(metrics)})
+
+
+def _show(run: Run, step: int, metrics: Mapping[str, float | None], watch: HealthWatch) -> None:
+    run.progress.update(step, metrics)
+    for hint in watch.hints(step, metrics):
+        run.progress.message(hint)
+    if run.logger is not None:
+        run.logger.log(step, metrics)
+
+
+def _asked_to_stop(run: Run) -> Reason | None:
+    """Why every rank stops after this step, None = it goes on. Collective."""
+    if run.writer is not None:
+        for folder in run.writer.finished():
+            run.progress.message(f"saved {folder}")
+        if run.writer.has_failed:
+            run.stops.request(Reason.SAVE)  # and the next save raises its error
+    return run.stops.agree(run.stage.topology)
 
 
 def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     """One optimizer step; returns the metrics under their names in metrics.jsonl, on every rank.
 
+    A step that is skipped (dpo.on_nonfinite) says so and has NaN for what it would have learnt.
+
     Raises, on every rank, before the optimizer has touched a weight:
-        NonFiniteError: the loss or the gradient norm is not finite.
+        NonFiniteError: a log-prob, the loss or the gradient norm is not finite.
         FirstStepError: the first loss is not that of a policy that is the reference.
     """
     begin = time.perf_counter()
+    fault_point("step.begin", step)
     config, stage = run.config, run.stage
     rows = train_rows(config, len(run.train_set.pairs), step)
     part = _cut(run, run.train_set, rows)
@@ -164,21 +225,26 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
     zero_grad(run.training)
     lr = current_lr(run.training)
     loss = loss_function(config, token_reference=run.train_set.token_reference)
+    run.stops.phase("compute")
     reports = forward_backward(stage, part.batches, loss)
     sums = reduce_metrics(local_sums(reports), SUMS, stage.topology)  # waits for the device
     after_compute = time.perf_counter()
-    if not np.isfinite(sums["loss"]):
-        raise NonFiniteError(blame(step, "loss", reports, part.batches, stage.topology))
-    if step == 1:
+    fault_point("step.compute")
+    trouble, grad_norm = look_at_loss(step, sums, reports, part.batches, run.training), math.nan
+    if trouble is None and run.skips.total == step - 1:  # no weight has moved
         _look_at_first_step(run, rows, part, reports)
+    run.stops.phase("optimizer")
     before_optimizer = time.perf_counter()
-    was_updated, grad_norm = optimizer_step(run.training)
-    if not was_updated and config.policy.precision != "float16":
-        raise NonFiniteError(blame(step, "gradient norm", reports, part.batches, stage.topology))
-
+    if trouble is None:
+        fault_point("step.optimizer.before")
+        trouble, grad_norm = _update(run, step, part, loss)
+        fault_point("step.optimizer.after")
+    if trouble is not None:
+        run.progress.message(run.skips.skip(trouble, config.dpo))
     _wait_for(stage.topology.device)
     end = time.perf_counter()
-    metrics = _means(sums) | {
+    means = _means(sums) if trouble is None else _learnt_nothing()
+    metrics = means | {
         "grad_norm": grad_norm,
         "lr": lr,
         "num_tokens": part.num_tokens,
@@ -193,19 +259,44 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
         "perf/optimizer_s": end - before_optimizer,
         "memory/peak_gib": _peak_gib(stage.topology.device),
     }
+    if config.dpo.on_nonfinite == "skip":
+        metrics["skipped_steps"] = run.skips.total
     if is_first:
         speed["perf/sweep_s"] = run.sweep_s
     return {f"train/{name}": value for name, value in metrics.items()} | speed
 
 
+def _update(
+    run: Run, step: int, part: MicroBatches, loss: LossFunction
+) -> tuple[Trouble | None, float]:
+    """(why the weights are as they were, gradient norm); float16's overflow is no trouble."""
+    was_updated, grad_norm = optimizer_step(run.training)
+    if was_updated:
+        run.skips.in_row = 0
+        return None, grad_norm
+    if run.config.policy.precision != "float16":
+        run.stops.phase("diagnosis")
+        return look_at_gradient(step, run.stage, run.training, part.batches, loss), grad_norm
+    trouble = loss_scale_trouble(step, run.training, grad_norm)
+    if trouble is None:
+        run.progress.message(
+            f"step {step} changed no weight: a gradient overflowed float16; the loss scale is "
+            "halved"
+        )
+    return trouble, grad_norm
+
+
 def evaluate(run: Run, *, step: int) -> dict[str, float]:
     """Means over the validation pairs, logged under validation/."""
     begin = time.perf_counter()
+    run.stops.phase("validation")
+    fault_point("validation")
     assert run.validation_set is not None
     loss = loss_function(run.config, token_reference=run.validation_set.token_reference)
     totals = dict.fromkeys(SUMS, 0.0)
     for rows in validation_batches(run.config, len(run.validation_set.pairs)):
         part = _with_reference(run, _cut(run, run.validation_set, rows, is_validation=True))
+        run.stops.tick()
         reports = forward_backward(run.stage, part.batches, loss, forward_only=True)
         for name, value in local_sums(reports).items():
             totals[name] += value
@@ -229,14 +320,17 @@ def _cut(
 
 def _with_reference(run: Run, part: MicroBatches) -> MicroBatches:
     """`part` with the log-probs of a resident reference, which runs now."""
-    if run.reference_stage is None:
-        return part
-    logps = forward_logps(run.reference_stage, part.batches)
-    _wait_for(run.stage.topology.device)
-    if not run.stage.topology.is_last_stage:
-        return part
-    batches = zip(part.batches, logps, strict=True)
-    return replace(part, batches=tuple(replace(b, reference_logps=x) for b, x in batches))
+    if run.reference_stage is not None:
+        logps = forward_logps(run.reference_stage, part.batches)
+        _wait_for(run.stage.topology.device)
+        if run.stage.topology.is_last_stage:
+            batches = zip(part.batches, logps, strict=True)
+            batches = (replace(b, reference_logps=x) for b, x in batches)
+            part = replace(part, batches=tuple(batches))
+    for batch in part.batches:
+        if batch.reference_logps is not None:
+            poison("nonfinite.reference", batch.reference_logps, batch.rows)
+    return part
 
 
 def _look_at_first_step(
@@ -284,6 +378,10 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     return means | {"num_pairs": int(num_pairs)} | health_metrics(sums)
 
 
+def _learnt_nothing() -> dict[str, float]:
+    return dict.fromkeys(METRICS, math.nan) | {"num_pairs": 0}
+
+
 def _speed(
     run: Run, rows: Sequence[int], part: MicroBatches, step_s: float
 ) -> dict[str, float | None]:
@@ -323,22 +421,30 @@ def _peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _save(run: Run, step: int, metrics: dict[str, float]) -> None:
-    stage, section = run.stage, run.config.checkpointing
-    directory = Path(run.config.checkpoint_dir)
-    folder = save_checkpoint(
-        directory,
-        step,
-        stage.model,
-        run.training,
-        stage.topology,
-        fingerprint=fingerprint(run.config),
-        data_fingerprint=run.data_fingerprint,
-        reference=run.reference_digest,
-        metrics=metrics,
+def _save(run: Run, step: int, memory: Memory, *, at_once: bool) -> None:
+    """Writes a checkpoint; `at_once` waits also for an asynchronous one."""
+    assert run.writer is not None
+    pairs = step * run.config.policy.train_global_batch_size
+    epoch, pairs_of_epoch = divmod(
+        step, steps_per_epoch(len(run.train_set.pairs), run.config.policy.train_global_batch_size)
     )
-    if stage.topology.is_rank_zero:
-        prune_checkpoints(
-            directory, section.keep_top_k, section.metric_key, section.higher_is_better
-        )
-    run.progress.message(f"saved {folder}")
+    state = {
+        "identity": run.identity,
+        "data": {"pairs": pairs, "epoch": epoch, "steps_of_epoch": pairs_of_epoch},
+        "health": memory.watch.to_json(),
+        "skips": run.skips.to_json(),
+        "latest": _finite(memory.latest),
+        "history": memory.history,
+    }
+    run.stops.phase("save")
+    run.writer.save(
+        step, run.stage.model, run.training, state=state, metrics=_finite(memory.latest)
+    )
+    if at_once:
+        run.writer.wait()
+    for folder in run.writer.finished():
+        run.progress.message(f"saved {folder}")
+
+
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {n: v if v is not None and math.isfinite(v) else None for n, v in metrics.items()}

@@ -3,12 +3,12 @@
 Imports neither torch nor transformers. Used by `--check`; training reads the model itself.
 """
 
-import json
 import threading
 from pathlib import Path
 
 from reinforcer_tp.config_check import ConfigError, require
 from reinforcer_tp.pipeline_layout import stage_layers
+from reinforcer_tp.untrusted import CONFIG_BYTES, read_json, strict_json
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPE_KEYS = (
@@ -52,17 +52,12 @@ def find_model_shape(
 
 def _read_shape(file: Path, model_name: str) -> dict:
     try:
-        shape = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(file)
+    except ValueError as error:
         raise ConfigError(
-            f"policy.model_name={model_name}: {file} cannot be read: {error}; expected the "
-            f"config.json of a Hugging Face model"
+            f"policy.model_name={model_name}: {error}; expected the config.json of a Hugging Face "
+            "model"
         ) from None
-    require(
-        isinstance(shape, dict),
-        f"policy.model_name={model_name}: {file} holds no JSON object; expected a config.json",
-    )
-    return shape
 
 
 def _ask_hub(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
@@ -85,7 +80,7 @@ def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
     try:
         cached = hub.try_to_load_from_cache(model_name, "config.json")
         if isinstance(cached, str):
-            return json.loads(Path(cached).read_text(encoding="utf-8")), cached
+            return read_json(Path(cached)), cached
         url, token = hub.hf_hub_url(model_name, "config.json"), hub.get_token()
         headers = {"authorization": f"Bearer {token}"} if token else {}
         # Not hf_hub_download: offline it retries for 23 s.
@@ -93,7 +88,7 @@ def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
             url, headers=headers, timeout=timeout_s, follow_redirects=True
         )
         if reply.status_code == 200:
-            shape = reply.json()
+            shape = strict_json(reply.content[: CONFIG_BYTES + 1])
             is_object = isinstance(shape, dict)
             return (shape, url) if is_object else (None, f"{url} holds no JSON object")
         advice = ": log in with `hf auth login`" if reply.status_code in (401, 403) else ""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
@@ -11,7 +10,6 @@ from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.data.prepare import TokenizedSet
 from reinforcer_tp.inputs import Inputs
 from reinforcer_tp.loop import PairSet
-from reinforcer_tp.mcore.checkpoint import read_state
 from reinforcer_tp.mcore.schedule import Stage, load_stage
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.metrics import Progress
@@ -25,6 +23,7 @@ from reinforcer_tp.reference.fill import (
 )
 from reinforcer_tp.reference.keys import ReferenceKey, numerics
 from reinforcer_tp.reference.store import ReferenceStore
+from reinforcer_tp.resume import ResumePoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ def open_references(
     digest, num_tokens = None, 0
     if mode != "none" and not train.has_reference:
         digest = digest_reference(files, topology)
-        _check_resumed(inputs.checkpoint, digest)
+        _check_resumed(config, inputs.resumed, digest)
     opened = {name: PairSet(pairs=pairs, reference=None) for name, pairs in sets.items()}
     if mode == "none":
         losses = ", ".join(name for name, _ in config.dpo.loss_options["losses"])
@@ -121,16 +120,17 @@ def open_references(
     )
 
 
-def _check_resumed(checkpoint: Path | None, digest: str | None) -> None:
+def _check_resumed(config: Config, resumed: ResumePoint | None, digest: str | None) -> None:
     """A model folder that was written over would become the reference of a resumed run."""
-    if checkpoint is None:
+    if resumed is None or "reference" in config.checkpointing.allow_changed:
         return
-    before = read_state(checkpoint).get("reference")
+    before = resumed.manifest.get("reference")
     if before is not None and digest is not None and before != digest:
         raise ConfigError(
-            f"the reference's weights have changed since {checkpoint} was written (digest "
+            f"the reference's weights have changed since {resumed.folder} was written (digest "
             f"{before[:12]} there, {digest[:12]} now): was the folder of policy.model_name or "
-            "reference.model_name written over? Put it back, or choose another logger.log_dir"
+            "reference.model_name written over? Put it back, choose another logger.log_dir, or go "
+            "on all the same with checkpointing.allow_changed=[reference]"
         )
 
 

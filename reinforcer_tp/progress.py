@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -18,6 +19,14 @@ _COLUMNS = (
 )
 
 
+class Watch(Protocol):
+    """What `stops.Stops` is here."""
+
+    def phase(self, name: str) -> None: ...
+
+    def tick(self) -> None: ...
+
+
 class Progress:
     """The run's progress on rank 0; on other ranks every method does nothing."""
 
@@ -26,6 +35,7 @@ class Progress:
         total_steps: int,
         start_step: int,  # steps done before this process started
         is_rank0: bool,
+        watch: Watch | None = None,  # is told of other work, on every rank
         *,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,  # seconds
@@ -33,6 +43,7 @@ class Progress:
         self._total_steps = total_steps
         self._start_step = start_step
         self._clock = clock
+        self._watch = watch
         self._begin_s: float | None = None
         self._is_rank0 = is_rank0
         self._console = console or Console(highlight=False)
@@ -103,6 +114,8 @@ class Track:
         self._total = total
         self._done = 0
         self._begin_s = progress._clock() if progress._is_rank0 else 0.0
+        if progress._watch is not None:
+            progress._watch.phase("sweep")
         self._bar_task: TaskID | None = None
         self._last_line: str | None = None
         if progress._bar is not None:
@@ -112,6 +125,8 @@ class Track:
     def advance(self, done: int, rate_text: str = "") -> None:
         """`done` pairs so far (not since the last call); `rate_text` as in "3,210 tokens/s"."""
         progress = self._progress
+        if progress._watch is not None:
+            progress._watch.tick()
         if not progress._is_rank0:
             return
         elapsed_s = progress._clock() - self._begin_s
@@ -132,6 +147,8 @@ class Track:
 
     def close(self) -> None:
         """Replace the bar by a line that stays; a second call does nothing."""
+        if self._progress._watch is not None:
+            self._progress._watch.phase("reference")
         if self._bar_task is None:
             return
         bar = self._progress._bar

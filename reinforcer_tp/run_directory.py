@@ -1,20 +1,13 @@
 """The run directory: who may write into it, and what it says about the run."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from reinforcer_tp.config import (
-    NOT_IN_FINGERPRINT,
-    Config,
-    ConfigError,
-    fingerprint,
-    load_config,
-    to_yaml,
-)
-from reinforcer_tp.trackers import flatten
+from reinforcer_tp import attempts
+from reinforcer_tp.config import Config, ConfigError, decisive, load_config, to_yaml
+from reinforcer_tp.resume import check_same_run
 
 _FINISHED = "finished.json"
 
@@ -39,7 +32,7 @@ def check_run_directory(config: Config) -> bool:
                 "write to; choose another"
             )
         return False
-    if not any(folder.iterdir()):
+    if not {path.name for path in folder.iterdir()} - set(attempts.NAMES):
         return False
     recorded = folder / "config.yaml"
     if not recorded.is_file():
@@ -48,28 +41,18 @@ def check_run_directory(config: Config) -> bool:
             "expected a new or empty folder; choose another"
         )
     before = load_config(str(recorded), [])
-    if fingerprint(before) != fingerprint(config):
-        raise ConfigError(
-            f"logger.log_dir={folder} holds a run of another configuration "
-            f"({_differences(before, config)}); choose another folder, or set the keys back"
-        )
+    check_same_run(
+        f"logger.log_dir={folder}",
+        decisive(before),
+        decisive(config),
+        config.checkpointing.allow_changed,
+    )
     if config.checkpointing.resume == "never":
         raise ConfigError(
             f"logger.log_dir={folder} holds a run already and checkpointing.resume=never; "
             "choose another folder, or use checkpointing.resume=auto"
         )
     return True
-
-
-def _differences(before: Config, after: Config) -> str:
-    old, new = flatten(dataclasses.asdict(before)), flatten(dataclasses.asdict(after))
-    changed = [k for k in old if old[k] != new.get(k) and _decides_numbers(k)]
-    shown = [f"{k}: {old[k]!r} there, {new.get(k)!r} here" for k in changed[:4]]
-    return "; ".join(shown) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-
-
-def _decides_numbers(key: str) -> bool:
-    return not any(key == k or key.startswith(k + ".") for k in NOT_IN_FINGERPRINT)
 
 
 def write_run_directory(config: Config, environment: dict[str, Any], report: dict) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from reinforcer_tp.config import ConfigError
+from reinforcer_tp.config_keys import flatten
 
 _MAX_MLFLOW_PARAMS = 100  # in one request (mlflow.utils.validation.MAX_PARAMS_TAGS_PER_BATCH)
 
@@ -147,12 +148,3 @@ def _is_installed(package: str) -> bool:
         return True
     spec = find_spec(package)
     return spec is not None and spec.origin is not None  # a plain folder ./wandb has no origin
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    """Nested mappings as one, keys joined by dots."""
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -3,8 +3,7 @@
     torchrun --nproc-per-node N reinforcer_tp/train.py --config configs/dpo.yaml key=value ...
     python reinforcer_tp/train.py --config configs/dpo.yaml --check
 
-Exit status: 0 done, 65 data or model files, 70 a number that is not finite or a wrong first loss,
-74 the disk of the reference store, 78 configuration, 130 interrupted.
+Exit status: see exits.MEANING; torchrun hides it, <log_dir>/attempts/NNNN/exit.json has it.
 """
 
 from __future__ import annotations
@@ -17,69 +16,66 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # As a script this file's folder is first on sys.path, where `data` would shadow others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
-# Only what is light: an error in the configuration must not wait for torch. The rest is imported
-# where it is used.
-from reinforcer_tp.config import (
-    Config,
-    ConfigError,
-    find_model_shape,
-    load_config,
-    to_yaml,
-    validate_model,
-)
+# Only what is light: signals must be heard, and an error in the configuration must not wait for
+# torch. The rest is imported where it is used.
+from reinforcer_tp.ending import leave
+from reinforcer_tp.stops import Stopped, Stops
 
 if TYPE_CHECKING:
+    from reinforcer_tp.config import Config
     from reinforcer_tp.inputs import Inputs
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-_EXIT_DATA, _EXIT_SOFTWARE, _EXIT_IO, _EXIT_CONFIG, _EXIT_INTERRUPTED = 65, 70, 74, 78, 130
-_SPEAKER_HEAD_START_S = 20.0
 
 
 def main(argv: list[str]) -> int:
-    arguments = parse_arguments(argv)
+    with Stops() as stops:
+        return exit_code(argv, stops)
+
+
+def exit_code(argv: list[str], stops: Stops) -> int:
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.check:
-            return check(config)
-        config.validate(_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return prepare_and_train(config)
-    except ConfigError as error:
-        return fail(error, _EXIT_CONFIG)
-    except KeyboardInterrupt:
-        if _is_speaker():
-            print("interrupted; the same command goes on from the newest checkpoint", flush=True)
-        return _EXIT_INTERRUPTED
+        return configure_and_train(argv, stops)
+    except Stopped as stopped:
+        return stops.ending.stopped(str(stopped))
+    except Exception as error:
+        return stops.ending.failed(error)
+
+
+def configure_and_train(argv: list[str], stops: Stops) -> int:
+    from reinforcer_tp.config import load_config
+
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.check:
+        return check(config)
+    config.validate(_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return prepare_and_train(config, stops)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from reinforcer_tp.config import ConfigError
+
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="reinforcer_tp/train.py", description="DPO training")
+    parser = _Parser(prog="reinforcer_tp/train.py", description="DPO training")
     parser.add_argument("--config", default=str(_CONFIGS / "dpo.yaml"), help="YAML file")
     parser.add_argument(
         "--check", action="store_true", help="validate, print the resolved config, do not train"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. dpo.seed=1")
     return parser.parse_intermixed_args(argv)
-
-
-def fail(error: Exception, status: int) -> int:
-    """One line on stderr. Every rank finds the same error by itself; one of each node says it.
-
-    The others wait: when the first process ends, torchrun ends the rest, and the line must be out.
-    """
-    if not _is_speaker():
-        time.sleep(_SPEAKER_HEAD_START_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return status
 
 
 def _world_size() -> int:
@@ -92,6 +88,8 @@ def _is_speaker() -> bool:
 
 def check(config: Config) -> int:
     """`--check`: everything that can be known without a GPU, weights or data."""
+    from reinforcer_tp.config import find_model_shape, to_yaml, validate_model
+
     world_size = _world_size() if "WORLD_SIZE" in os.environ else config.planned_world_size
     config.validate(world_size)
     name = config.policy.model_name
@@ -111,44 +109,36 @@ def check(config: Config) -> int:
     return 0
 
 
-def prepare_and_train(config: Config) -> int:
+def prepare_and_train(config: Config, stops: Stops) -> int:
     """First what needs no process group, so that bad files end every rank alike; then the run."""
+    from reinforcer_tp.config_check import duration_s
     from reinforcer_tp.run_directory import check_run_directory
 
     holds_run = check_run_directory(config)
+    limit_s = duration_s(config.checkpointing.checkpoint_must_save_by)
+    stops.open_run(Path(config.logger.log_dir), limit_s)
     quiet_libraries()
-    from reinforcer_tp.first_step import FirstStepError
     from reinforcer_tp.inputs import open_inputs
-    from reinforcer_tp.nonfinite import NonFiniteError
-    from reinforcer_tp.reference.store import StoreError
 
-    try:
-        inputs = open_inputs(config, holds_run=holds_run, world_size=_world_size())
-    except ValueError as error:
-        if isinstance(error, ConfigError) or "REINFORCER_TP_TRACEBACK" in os.environ:
-            raise
-        return fail(error, _EXIT_DATA)
+    stops.phase("data")
+    inputs = open_inputs(config, holds_run=holds_run)
     if inputs.finished_step == inputs.total_steps:
         if _is_speaker():
             print(f"{config.logger.log_dir} holds this run, finished: {inputs.total_steps} steps.")
             print(how_to_go_on(config, inputs))
-        return 0
-    try:
-        run(config, inputs)
-    except (NonFiniteError, FirstStepError) as error:
-        return fail(error, _EXIT_SOFTWARE)
-    except StoreError as error:
-        return fail(error, _EXIT_IO)
-    return 0
+    else:
+        run(config, inputs, stops)
+    return stops.ending.done()
 
 
-def run(config: Config, inputs: Inputs) -> None:
+def run(config: Config, inputs: Inputs, stops: Stops) -> None:
     """The table of contents: topology, reference, model, optimizer, loop, export."""
+    from reinforcer_tp.config import to_yaml
     from reinforcer_tp.data.prepare import format_report
     from reinforcer_tp.hf_files import write_companions
     from reinforcer_tp.loop import Run, train
-    from reinforcer_tp.mcore.checkpoint import load_checkpoint
     from reinforcer_tp.mcore.optim import build_training
+    from reinforcer_tp.mcore.restore import load_checkpoint
     from reinforcer_tp.mcore.topology import (
         check_same_everywhere,
         destroy_topology,
@@ -156,12 +146,17 @@ def run(config: Config, inputs: Inputs) -> None:
     )
     from reinforcer_tp.mcore.weights import export_hf
     from reinforcer_tp.metrics import Progress, environment_info, open_loggers
+    from reinforcer_tp.nonfinite import SkippedSteps
+    from reinforcer_tp.open_checkpoints import open_writer, settle_resume
     from reinforcer_tp.open_references import open_references
+    from reinforcer_tp.peers import watch_peers
     from reinforcer_tp.run_directory import mark_finished, write_run_directory
 
     megatron, data = config.policy.megatron_cfg, inputs.data
-    start_step, total_steps = inputs.start_step, inputs.total_steps
+    total_steps = inputs.total_steps
     log_dir = Path(config.logger.log_dir)
+    stops.phase("rendezvous")
+    watch_peers(stops.ending, _world_size(), config.cluster.hang_timeout_s)
     topology = init_topology(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
@@ -172,28 +167,39 @@ def run(config: Config, inputs: Inputs) -> None:
         {
             "the configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
             "the tokenized data": data.fingerprint,
-            "the step to start from": start_step,
+            "the checkpoints to go on from": [str(p.folder) for p in inputs.resume_points],
             "the number of steps": total_steps,
         }
     )
+    inputs = settle_resume(config, inputs, topology)
+    start_step = inputs.start_step
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(total_steps, start_step, topology.is_rank_zero))
+        progress = stack.enter_context(
+            Progress(total_steps, start_step, topology.is_rank_zero, stops)
+        )
         logger = None
         if topology.is_rank_zero:
             report = with_token_savings(config, inputs, topology)
             write_run_directory(config, environment_info(topology.layout()), report)
             progress.message(format_report(report))
+            for damage in inputs.passed_over:
+                progress.message(f"warning: passed over a damaged checkpoint: {damage}")
             logger = stack.enter_context(
                 open_loggers(config.logger, str(log_dir), dataclasses.asdict(config), start_step)
             )
+        stops.phase("reference")
         references = open_references(config, inputs, topology, progress)
         stage = references.stage
+        stops.phase("load")
         training = build_training(stage.model, config.policy, topology, total_steps=total_steps)
-        if inputs.checkpoint is not None:
-            load_checkpoint(inputs.checkpoint, stage.model, training, topology)
-            progress.message(f"resumed {inputs.checkpoint}: {start_step} of {total_steps} steps")
+        restored: dict[str, Any] = {}
+        if inputs.resumed is not None:
+            folder = inputs.resumed.folder
+            restored = load_checkpoint(folder, stage.model, training, topology, is_verified=True)
+            progress.message(f"resumed {folder}: {start_step} of {total_steps} steps")
         loop_state = Run(
             config=config,
+            stops=stops,
             stage=dataclasses.replace(stage, modules=training.ddp),
             reference_stage=references.resident,
             training=training,
@@ -201,14 +207,17 @@ def run(config: Config, inputs: Inputs) -> None:
             validation_set=references.validation_set,
             logger=logger,
             progress=progress,
-            data_fingerprint=data.fingerprint,
-            reference_digest=references.digest,
+            writer=open_writer(config, inputs, topology, references.digest),
+            identity=inputs.identity,
+            restored=restored,
+            skips=SkippedSteps.from_json(restored["skips"]) if restored else SkippedSteps(),
             sweep_s=references.seconds,
             sweep_tokens=references.num_tokens,
             starts_at_reference=references.is_policy,
         )
         train(loop_state, start_step=start_step, total_steps=total_steps)
 
+        stops.phase("export")
         if config.checkpointing.export_hf:
             companions = partial(
                 write_companions, inputs.files, inputs.tokenizer, config.policy.precision
@@ -268,4 +277,9 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stops = Stops()
+    code = exit_code(sys.argv[1:], stops)
+    stops.ignore()
+    if code == 0:
+        sys.exit(0)
+    leave(code)

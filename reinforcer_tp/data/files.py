@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reinforcer_tp.data import strict_json
 from reinforcer_tp.data.hub import one_line
 
 FORMATS = ("jsonl", "ndjson", "json", "parquet")
@@ -88,18 +89,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _parse(line: bytes, path: Path, number: int | None) -> Any:
-    """One JSON value, strictly: UTF-8, no NaN, no key twice, no half of a character."""
     try:
-        value = json.loads(
-            line.decode("utf-8-sig"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_constant=_constant,
-        )
-        if b"\\ud" in line.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
+        return strict_json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
         if number is None and isinstance(error, json.JSONDecodeError):
             number = error.lineno
         where = str(path) if number is None else f"{path}, line {number}"
@@ -107,25 +99,6 @@ def _parse(line: bytes, path: Path, number: int | None) -> Any:
             f"{where}: not valid JSON ({error}); expected one JSON object a line"
             f"{', or one list of objects' if file_format(path) == 'json' else ''}; fix or remove it"
         ) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
-    return result
-
-
-def _integer(digits: str) -> int:
-    value = int(digits)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"the number {digits} has more than 64 bits")
-    return value
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _check_object(row: object, where: str) -> dict:

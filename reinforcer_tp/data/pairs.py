@@ -5,9 +5,12 @@ Text stays text and is tokenized as it is; lists of messages go through the chat
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from reinforcer_tp.data.strict_json import DEPTH
 
 Messages = list[dict[str, Any]]
 
@@ -51,7 +54,7 @@ class PreferencePair:
         return not isinstance(self.prompt, str)
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__)
+        return json.dumps(self.__dict__, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "PreferencePair":
@@ -114,12 +117,12 @@ def check_messages(messages: Messages, name: str) -> Messages:
 
 def _check_message(message: object, where: str) -> None:
     if not isinstance(message, dict) or "role" not in message:
-        got = f"keys {', '.join(message)}" if isinstance(message, dict) else kind(message)
+        got = f"keys {names(message)}" if isinstance(message, dict) else kind(message)
         raise BadRow("not_a_message", f"{where} has {got}; expected the keys role and content")
-    if message["role"] not in ROLES:
+    if not isinstance(message["role"], str) or message["role"] not in ROLES:
         raise BadRow(
             "unknown_role",
-            f"{where} has role={message['role']!r}; expected one of {', '.join(ROLES)}",
+            f"{where} has role={brief(message['role'])}; expected one of {', '.join(ROLES)}",
         )
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.keys() - {"role", "name"}):
@@ -176,13 +179,42 @@ def _check_placeholder(prompt: str, path: object) -> None:
         )
 
 
-def drop_nones(value: Any) -> Any:
-    """Without the nulls that Arrow adds to the structs of a column to make them alike."""
-    if isinstance(value, dict):
-        return {key: drop_nones(item) for key, item in value.items() if item is not None}
-    return [drop_nones(item) for item in value] if isinstance(value, list) else value
+def drop_nones(value: Any, room: int = DEPTH) -> Any:
+    """Without the nulls that Arrow adds to the structs of a column to make them alike.
+
+    BadRow where lists and mappings are nested more than `room` deep.
+    """
+    if not isinstance(value, (dict, list)):
+        return value
+    if room == 0:
+        raise BadRow("nested", f"a value is nested more than {DEPTH} deep; remove the row")
+    if isinstance(value, list):
+        return [drop_nones(item, room - 1) for item in value]
+    return {key: drop_nones(item, room - 1) for key, item in value.items() if item is not None}
 
 
 def kind(value: object) -> str:
     """A value as messages show it: its type and its beginning."""
-    return "null" if value is None else f"{type(value).__name__} ({str(value)[:40]})"
+    return "null" if value is None else f"{type(value).__name__} ({brief(value)})"
+
+
+def brief(value: object) -> str:
+    """The beginning of a value's repr, in one line whatever it is."""
+    try:
+        text = repr(value[:80] if isinstance(value, (str, bytes)) else value)
+    except Exception as error:  # endless nesting, a number of 5,000 digits, code of the user's
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def half_character(error: UnicodeEncodeError) -> str:
+    code = ord(error.object[error.start])
+    return f"the texts hold half of a character (U+{code:04X}); expected Unicode; mend the row"
+
+
+def names(keys: Iterable[object]) -> str:
+    """Column names as messages show them."""
+    plain = (key if isinstance(key, str) and key.isprintable() else brief(key) for key in keys)
+    text = ", ".join(plain) or "none"
+    return text if len(text) <= 400 else f"{text[:397]}..."

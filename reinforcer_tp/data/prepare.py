@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from reinforcer_tp.data import handover
 from reinforcer_tp.data.chat import EncodeOptions
 from reinforcer_tp.data.load import as_dict, load_preference_dataset, task_spec_of
+from reinforcer_tp.data.surprises import TEXTS
 from reinforcer_tp.data.tokenize_set import SetOptions, tokenize_set
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
@@ -126,6 +127,11 @@ def _notes(name: str, split: dict[str, Any]) -> Iterator[str]:
             f"{name}: in {split['boundary_mismatches']:,} rows the prompt is not tokenized alike "
             f"with a response behind it; the response starts where they part. In row "
             f"{example['row']} the prompt's end {example['prompt_end']!r} is not kept"
+        )
+    for kind, found in split["surprises"].items():
+        yield (
+            f"{name}: in {found['rows']:,} rows {TEXTS[kind]}: {found['example']!r} in row "
+            f"{found['row']}"
         )
     savings = split.get("token_savings")
     if savings is not None:

@@ -1,5 +1,6 @@
 """What became of the rows of one tokenized set, as its counts.json keeps it beside the arrays."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -22,7 +23,8 @@ def set_counts(encoded: pa.Table, pairs: TokenizedSet) -> dict[str, Any]:
         "used": len(pairs),
         "dropped": dict(Counter(filter(None, encoded["dropped"].to_pylist()))),
         "boundary_mismatches": len(mismatches),
-        "boundary_example": dict(zip(("row", "prompt_end"), mismatches[0])) if mismatches else None,
+        "boundary_example": _example(*mismatches[0]) if mismatches else None,
+        "surprises": _surprises(encoded),
         "truncated": sum(encoded["is_truncated"].to_pylist()),
         "zero_weight": int((pairs.weights == 0).sum()),
         "margins": _margin_counts(pairs.margins),
@@ -31,6 +33,21 @@ def set_counts(encoded: pa.Table, pairs: TokenizedSet) -> dict[str, Any]:
         "longest": _by_part(longest.max(axis=0))
         | {"sequence": int((longest[:, 0] + longest[:, 1:].max(axis=1)).max())},
     }
+
+
+def _example(row: int, prompt_end: str) -> dict[str, Any]:
+    return {"row": row, "prompt_end": prompt_end[-200:]}
+
+
+def _surprises(encoded: pa.Table) -> dict[str, dict[str, Any]]:
+    """Kind -> number of rows, and the first of them with its example."""
+    found: dict[str, dict[str, Any]] = {}
+    texts, rows = encoded["surprises"].to_pylist(), encoded["row"].to_pylist()
+    for row, text in zip(rows, texts, strict=True):
+        for kind, example in (json.loads(text) if text else {}).items():
+            entry = found.setdefault(kind, {"rows": 0, "row": row, "example": example})
+            entry["rows"] += 1
+    return dict(sorted(found.items()))
 
 
 def _margin_counts(margins: np.ndarray) -> dict[str, float] | None:

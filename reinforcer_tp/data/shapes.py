@@ -12,12 +12,12 @@ Optional columns: weight (>= 0), margin (a number), tie (bool), tools, chat_temp
 and ref_rejected_logps, each the sum of the log-probs of that response's tokens.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from reinforcer_tp.data import strict_json
 from reinforcer_tp.data.pairs import (
     BadRow,
     Messages,
@@ -25,11 +25,13 @@ from reinforcer_tp.data.pairs import (
     TaskDataSpec,
     UnusableRow,
     apply_spec,
+    brief,
     check_messages,
     check_not_blank,
     check_pair,
     drop_nones,
     kind,
+    names,
 )
 
 LARGEST = 3e38  # float32
@@ -79,7 +81,7 @@ def format_helpsteer3(data: Mapping[str, Any]) -> dict[str, Any]:
 def _read_helpsteer3(row: dict) -> PreferencePair:
     preference = row["overall_preference"]
     if isinstance(preference, bool) or not isinstance(preference, (int, float)):
-        raise BadRow("preference", f"overall_preference={preference!r}; expected a number")
+        raise BadRow("preference", f"overall_preference={brief(preference)}; expected a number")
     if math.isnan(preference):
         raise BadRow("preference", "overall_preference is NaN; expected a number")
     pair = _read_responses(format_helpsteer3(row))
@@ -102,9 +104,12 @@ def _read_ranked(row: dict) -> PreferencePair:
         raise BadRow("completions", f"completions: got {got}, expected a list of exactly 2")
     for item in completions:
         if not isinstance(item, dict) or not {"rank", "completion"} <= item.keys():
-            raise BadRow("completions", f"a completion is {item!r}; expected keys rank, completion")
-        if isinstance(item["rank"], bool) or not isinstance(item["rank"], (int, float)):
-            raise BadRow("completions", f"rank={item['rank']!r}; expected a number")
+            raise BadRow(
+                "completions", f"a completion is {brief(item)}; expected keys rank, completion"
+            )
+        rank = item["rank"]
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank:
+            raise BadRow("completions", f"rank={brief(rank)}; expected a number")
     best, worst = sorted(completions, key=lambda item: item["rank"])
     return PreferencePair(
         prompt=_as_messages(row["context"], "context", "user"),
@@ -157,7 +162,7 @@ def _find_reader(row: dict) -> Callable[[dict], PreferencePair]:
     expected = " and ".join(missing) + (" too" if len(missing) < len(nearest) else "")
     raise BadRow(
         "missing_keys",
-        f"keys with a value: {', '.join(map(str, row)) or 'none'}; expected {expected}; name the "
+        f"keys with a value: {names(row)}; expected {expected}; name the "
         "columns with data.prompt_key, data.chosen_key and data.rejected_key",
     )
 
@@ -238,8 +243,8 @@ def _number(
         sign = " >= 0" if low == 0 else " <= 0" if high == 0 else ""
         raise BadRow(
             name,
-            f"{name}={value!r}; expected a finite number{sign}; mend the row, or leave the column "
-            "out with data.ignore_columns",
+            f"{name}={brief(value)}; expected a finite number{sign}; mend the row, or leave the "
+            "column out with data.ignore_columns",
         )
     return float(value)
 
@@ -262,7 +267,7 @@ def _reference(row: dict) -> tuple[float, float] | None:
 def _flag(row: dict, name: str) -> bool:
     value = row.get(name, False)
     if not isinstance(value, bool):
-        raise BadRow(name, f"{name}={value!r}; expected true or false")
+        raise BadRow(name, f"{name}={brief(value)}; expected true or false")
     return value
 
 
@@ -271,9 +276,11 @@ def _json_column(row: dict, name: str, expected: type) -> Any:
     value = row.get(name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = strict_json.loads(value)
+        except ValueError as error:
             raise BadRow(name, f"{name} is text but not JSON ({error}); expected JSON") from None
     if value is not None and not isinstance(value, expected):
         raise BadRow(name, f"{name} is {kind(value)}; expected a {expected.__name__}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise BadRow(name, f"{name} has the keys {names(value)}; expected text as keys")
     return drop_nones(value)

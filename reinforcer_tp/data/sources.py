@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 
 from reinforcer_tp.data.files import EXPECTED, file_format, load_files, readable
-from reinforcer_tp.data.hub import load_hub_dataset, looks_like_path
+from reinforcer_tp.data.hub import load_hub_dataset, looks_like_path, one_line
+from reinforcer_tp.untrusted import INDEX_BYTES, inside, read_json
 
 SPLITS = {  # words in a file's name or folder -> the split it belongs to
     "train": ("train", "training"),
@@ -74,7 +75,7 @@ def _load_folder(folder: Path, source: Source) -> datasets.Dataset:
         if not folder.is_dir():
             raise ValueError(f"{source} has no folder for data.subset={source.subset}")
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        found = datasets.load_from_disk(str(folder))
+        found = _load_saved(folder, source)
         if isinstance(found, datasets.DatasetDict):
             return found[_choose_split(set(found), source)]
         return found
@@ -87,6 +88,26 @@ def _load_folder(folder: Path, source: Source) -> datasets.Dataset:
     if not files:
         raise ValueError(f"{source} holds no data file; expected {EXPECTED}")
     return load_files(files[_choose_split(set(files), source)])
+
+
+def _load_saved(folder: Path, source: Source) -> datasets.Dataset | datasets.DatasetDict:
+    """What `save_to_disk` wrote; its JSON names files, which must be in their folder."""
+    parts = [folder]
+    try:
+        if (folder / "dataset_dict.json").exists():
+            splits = read_json(inside(folder, "dataset_dict.json")).get("splits")
+            parts = [inside(folder, name) for name in splits]
+        for part in parts:
+            read_json(inside(part, "dataset_info.json"), INDEX_BYTES)
+            for file in read_json(inside(part, "state.json"), INDEX_BYTES)["_data_files"]:
+                inside(part, file["filename"])
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # the edge to files that others wrote
+        reason = f"{type(error).__name__}: " if isinstance(error, KeyError | TypeError) else ""
+        raise ValueError(
+            f"{source} cannot be loaded: {reason}{one_line(error)}; expected a folder that "
+            "datasets.save_to_disk wrote"
+        ) from error
 
 
 def _split_of(relative: Path) -> str:

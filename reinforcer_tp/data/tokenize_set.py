@@ -18,13 +18,22 @@ from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data.chat import EncodeOptions, PairEncoder
 from reinforcer_tp.data.files import progress_bars
-from reinforcer_tp.data.pairs import BadRow, PreferencePair, TaskDataSpec, UnusableRow
+from reinforcer_tp.data.hub import one_line
+from reinforcer_tp.data.pairs import (
+    BadRow,
+    PreferencePair,
+    TaskDataSpec,
+    UnusableRow,
+    half_character,
+)
 from reinforcer_tp.data.set_counts import set_counts
 from reinforcer_tp.data.shapes import pair_from_row
+from reinforcer_tp.data.templates import stop_rendering
 from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.data.tokenizer import check_tokenizer, tokenizer_fingerprint
+from reinforcer_tp.untrusted import INDEX_BYTES, read_json
 
-VERSION = 2  # of the arrays and of how rows become them: part of every set's key
+VERSION = 3  # of the arrays and of how rows become them: part of every set's key
 BATCH_SIZE = 64  # pairs that are tokenized together
 MANY_ROWS = 5_000  # that take long enough for a progress bar
 
@@ -42,6 +51,7 @@ _ENCODED = datasets.Features(
         "mistake": datasets.Value("string"),
         "prompt_end": datasets.Value("string"),  # of a boundary mismatch, else null
         "is_truncated": datasets.Value("bool"),
+        "surprises": datasets.Value("string"),  # JSON, "" = none
         "weight": datasets.Value("float64"),
         "margin": datasets.Value("float64"),
         "reference": datasets.List(datasets.Value("float64")),  # 2, NaN where there are none
@@ -103,7 +113,7 @@ def tokenize_set(
                 _raise_mistakes(_mistakes(encoded), counts.rows_read, source)
             _save(encoded, building / "set")
             _rename(building / "set", folder)
-    report = _report(source, counts, json.loads((folder / "counts.json").read_text()))
+    report = _report(source, counts, read_json(folder / "counts.json", INDEX_BYTES))
     if report["used"] == 0:
         reasons = ", ".join(f"{name} {count}" for name, count in report["dropped"].items())
         raise ValueError(
@@ -121,10 +131,10 @@ def _write_pairs(
     with ArrowWriter(features=_PAIRS, path=str(path)) as writer:
         for index, row in enumerate(rows):
             counts.rows_read += 1
-            pair = _read_pair(row, index, spec, options, counts)
-            if pair is None:
+            found = _read_pair(row, index, spec, options, counts)
+            if found is None:
                 continue
-            text = pair.to_json()
+            pair, text = found
             counts.digest.update(f"{index}\n{text}\n".encode())
             counts.kinds.add(pair.is_chat)
             counts.with_reference += pair.reference is not None
@@ -135,12 +145,12 @@ def _write_pairs(
 
 def _read_pair(
     row: Mapping[str, Any], index: int, spec: TaskDataSpec, options: SetOptions, counts: _RowCounts
-) -> PreferencePair | None:
-    """The pair of a row; None where it is dropped or wrong, which `counts` learns."""
+) -> tuple[PreferencePair, str] | None:
+    """The pair of a row, also as JSON; None where it is dropped or wrong, as `counts` learns."""
     try:
         if not isinstance(row, Mapping):
             raise BadRow("not_a_row", f"got {type(row).__name__}; expected named columns")
-        pair = pair_from_row(row, spec)
+        pair, text = _pair_and_json(row, spec)
         counts.shapes[pair.shape] += 1
         if pair.tie and options.ties == "drop":
             raise UnusableRow("tie")
@@ -153,7 +163,23 @@ def _read_pair(
         counts.dropped[mistake.reason] += 1
         return None
     counts.ties_kept += pair.tie
-    return pair
+    return pair, text
+
+
+def _pair_and_json(row: Mapping[str, Any], spec: TaskDataSpec) -> tuple[PreferencePair, str]:
+    pair = pair_from_row(row, spec)
+    try:
+        text = pair.to_json()
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("not_unicode", half_character(error)) from None
+    except (TypeError, ValueError) as error:  # bytes, dates, numbers of 5,000 digits
+        raise BadRow(
+            "not_json",
+            f"the row holds what is no JSON: {one_line(error)}; expected text, numbers, lists and "
+            "mappings in messages and tools",
+        ) from None
+    return pair, text
 
 
 def _check_reference(counts: _RowCounts, source: str) -> None:
@@ -205,6 +231,7 @@ def _encode(path: Path, tokenizer: PreTrainedTokenizerBase, options: SetOptions)
             new_fingerprint="encoded",
             desc="Tokenizing pairs",
         )
+    stop_rendering()
     return encoded.with_format("arrow")[:]
 
 
@@ -220,6 +247,7 @@ def _encode_batch(
         "mistake": [pair.mistake for pair in encoded],
         "prompt_end": [pair.boundary_mismatch for pair in encoded],
         "is_truncated": [pair.is_truncated for pair in encoded],
+        "surprises": [json.dumps(pair.surprises) if pair.surprises else "" for pair in encoded],
         "weight": [pair.weight for pair in pairs],
         "margin": [pair.margin for pair in pairs],
         "reference": [pair.reference or (math.nan, math.nan) for pair in pairs],
@@ -265,6 +293,7 @@ def _report(source: str, counts: _RowCounts, encoded: dict[str, Any]) -> dict[st
     report = {
         "source": source,
         "shapes": dict(counts.shapes.most_common()),
+        "rows_digest": counts.digest.hexdigest(),
         "rows_read": counts.rows_read,
         **encoded,
         "dropped": dict(sorted(dropped.items())),

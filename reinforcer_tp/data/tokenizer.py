@@ -2,12 +2,22 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from reinforcer_tp.data.hub import hub_problem, looks_like_path, one_line
+from reinforcer_tp.data.templates import TEMPLATE_CHARACTERS, check_template
+from reinforcer_tp.untrusted import INDEX_BYTES, inside, read_json, refuse_code
+
+_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]  # that a tokenizer is made of
+_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+_LARGE = {"tokenizer.json": 1 << 29, "chat_template.jinja": 4 * TEMPLATE_CHARACTERS}  # bytes
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -21,21 +31,70 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
         raise ValueError(
             f"the tokenizer {name} is no folder; expected one with tokenizer files, or a hub id"
         )
-    problem = None if folder.is_dir() else hub_problem(name, "model")
     try:
+        folder = folder if folder.is_dir() else _hub_folder(name)
+        check_tokenizer_folder(folder)
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name,
-            trust_remote_code=False,
-            local_files_only=problem is not None,
+            str(folder), trust_remote_code=False, local_files_only=True
         )
+        check_template(tokenizer)
     except Exception as error:  # the edge to files and network that others wrote
         raise ValueError(
-            f"the tokenizer {name} cannot be loaded: {problem or one_line(error)}; check "
+            f"the tokenizer {name} cannot be loaded: {one_line(error)}; check "
             "policy.model_name and policy.tokenizer.name"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
+        check_template(tokenizer)
     return tokenizer
+
+
+def _hub_folder(name: str) -> Path:
+    """The hub's files of a tokenizer in its cache. Raises ValueError where neither has them."""
+    problem = hub_problem(name, "model")
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=_FILES, local_files_only=problem is not None)
+        )
+    except Exception as error:  # the network's edge
+        raise ValueError(problem or one_line(error)) from error
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Raises ValueError for files that lead elsewhere, ask for code, or are no JSON."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not any(path.match(pattern) for pattern in _FILES):
+            continue
+        inside(folder, path.name)
+        limit = _LARGE.get(path.name, INDEX_BYTES)
+        if path.stat().st_size > limit:
+            raise ValueError(f"{path} is larger than {limit:,} bytes")
+        if path.name in _SETTINGS:
+            content = read_json(path, INDEX_BYTES)
+            refuse_code(content, path)
+            _check_settings(content, path)
+
+
+def _check_settings(content: dict[str, Any], path: Path) -> None:
+    kind = content.get("tokenizer_class")
+    if kind is not None and not _is_tokenizer_class(kind):
+        raise ValueError(
+            f"{path} has tokenizer_class={str(kind)[:80]!r}, which is no tokenizer of "
+            "transformers; code of others is not run"
+        )
+    if content.get("init_inputs"):
+        raise ValueError(f"{path} has init_inputs; expected none")
+    for name in content.get("fast_tokenizer_files") or ():
+        inside(path.parent, name)
+
+
+def _is_tokenizer_class(name: object) -> bool:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):
+        return False
+    if not name.endswith(("Tokenizer", "TokenizerFast", "Backend")):
+        return False  # AutoModel, say, would load the weights
+    found = tokenizer_class_from_name(name)
+    return isinstance(found, type) and found.__module__.startswith("transformers.")
 
 
 def read_chat_template(value: str) -> str:
@@ -48,6 +107,8 @@ def read_chat_template(value: str) -> str:
             f"policy.tokenizer.chat_template={value}: expected Jinja text or the path of a .jinja "
             "file"
         )
+    if path.stat().st_size > 4 * TEMPLATE_CHARACTERS:
+        raise ValueError(f"policy.tokenizer.chat_template={value}: the file is no template's size")
     return path.read_text(encoding="utf-8")
 
 
@@ -77,12 +138,28 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash that changes whenever the tokenizer or its template may give other ids."""
+    return _hash([*_vocabulary(tokenizer), tokenizer.chat_template])
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The same in two parts, by name."""
+    return {
+        "tokenizer": _hash(_vocabulary(tokenizer)),
+        "chat_template": _hash(tokenizer.chat_template),
+    }
+
+
+def _hash(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content |= {"truncation": None, "padding": None}  # state of the last call
     else:
         content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-        content["settings"] = {key: repr(value) for key, value in tokenizer.init_kwargs.items()}
+        settings = tokenizer.init_kwargs.items()
+        content["settings"] = {k: repr(value) for k, value in settings if k != "chat_template"}
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    described = [content, names, tokenizer.all_special_ids, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return [content, names, tokenizer.all_special_ids]

@@ -1,262 +1,293 @@
-"""Checkpoints of one layout: safetensors and JSON, complete or not there at all, and their resume.
+"""Saving a run in a form that any layout can read: masters, moments, counters; no pickle.
 
-    step_N/state.json                            step, layout, scheduler, loss scale, metrics, files
-    step_N/model_tp00_pp00.safetensors           parameters of one stage and shard
-    step_N/optimizer_tp00_pp00_dp00.safetensors  float32 masters and both moments
+A rank writes what it owns, as flat pieces of Megatron's local parameters; tensors.json says where
+each piece lies. A reader with the same tensor-parallel size takes the ranges it needs; with another
+it puts each parameter together as Hugging Face has it and cuts that anew (restore.py). Every number
+is float32 as the optimizer has it: the model's own weights are its masters, rounded.
 
-The data position is the step itself: global batches are a pure function of seed and step. There is
-no dropout, so no generator state decides anything after the weights are drawn.
+The data position is the step itself: global batches are a pure function of seed and step.
 """
 
+import datetime
 import json
-import math
-import re
+import os
 import shutil
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reinforcer_tp import checkpoint_folder
+from reinforcer_tp.checkpoint_folder import (
+    SaveError,
+    disk_errors,
+    json_chunks,
+    rank_file,
+    write_synced,
+)
+from reinforcer_tp.faultpoints import fault_point
+from reinforcer_tp.mcore import random_state
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.optim import Training
+from reinforcer_tp.mcore.optimizer_state import (
+    MOMENTS,
+    num_updates,
+    owned_parts,
+    scaler_state,
+)
 from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.weights import weight_table
 
-_FORMAT = 1
-
-
-def list_checkpoints(directory: Path) -> dict[int, Path]:
-    """step -> folder of every complete checkpoint (those with a state.json), ascending."""
-    found = {}
-    for path in directory.glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and (path / "state.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+_TIMEOUT = datetime.timedelta(days=1)  # a slow disk is not a dead peer
+_WRITE_BYTES = 16 << 20
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
+T = TypeVar("T")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint. Raises ValueError when it is not one of ours."""
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """One checkpoint on its way to the disk: what this rank writes and what rank 0 says of it."""
+
+    step: int
+    tensors: dict[str, Tensor]  # contiguous; of this rank's file
+    pieces: dict[str, tuple[int, int, int]]  # parameter -> (tensor-parallel rank, start, stop)
+    state: dict[str, Any]
+    metrics: dict[str, float | None]
+
+
+class CheckpointWriter:
+    """Writes checkpoints into one directory, at once or beside the training. Rank by rank alike.
+
+    `described` goes into every manifest: run, layout and fingerprints. `after(step)` runs on rank 0
+    once a checkpoint is durable. Making one is collective.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        topology: Topology,
+        *,
+        described: Mapping[str, Any],
+        is_async: bool = False,
+        after: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self._directory, self._topology = directory, topology
+        self._described, self._is_async, self._after = described, is_async, after
+        # Of its own: a save beside the training must not take its turns in the run's collectives.
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._finished: deque[Path] = deque()
+
+    def save(
+        self,
+        step: int,
+        model: PolicyModel,
+        training: Training,
+        *,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float | None],
+    ) -> float:
+        """Writes `step_N`; asynchronously, only copies it and returns. Collective.
+
+        `state` (JSON) comes back from load_checkpoint. Returns seconds that training waited for.
+        Raises SaveError, on every rank; of an asynchronous save at the next call or in `wait`.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        save = _collect(step, model, training, self._topology, state, metrics, copy=self._is_async)
+        if self._is_async:
+            self._thread = threading.Thread(target=self._write_beside, args=(save,), daemon=True)
+            self._thread.start()
+        else:
+            self._write(save)
+        return time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises SaveError where that failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    @property
+    def has_failed(self) -> bool:
+        """An asynchronous save on this rank did not succeed; `wait` raises its error."""
+        return self._error is not None
+
+    def finished(self) -> list[Path]:
+        """Checkpoints that became durable since the last call."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
+    def _write_beside(self, save: Save) -> None:
+        try:
+            self._write(save)
+        except Exception as error:  # raised where the training waits for this save
+            self._error = error
+
+    def _write(self, save: Save) -> None:
+        """Each part on all ranks before the next; what fails on one raises on all."""
+        rank = self._topology.rank
+        sizes = self._gather(lambda: sum(t.nbytes for t in save.tensors.values()))
+
+        def begin() -> Path | None:
+            if rank == 0:
+                attempt = os.urandom(8).hex()
+                return checkpoint_folder.begin(self._directory, save.step, attempt, sum(sizes))
+            return None
+
+        building = self._gather(begin)[0]
+        assert building is not None
+        try:
+            written = self._gather(lambda: _write_shard(building, rank, save))
+            folder = self._gather(lambda: self._publish(building, save, written))[0]
+        except BaseException:
+            if rank == 0:
+                shutil.rmtree(building, ignore_errors=True)
+            raise
+        if folder is not None and rank == 0:
+            self._after(save.step)
+        self._finished.append(self._directory / f"step_{save.step}")
+
+    def _publish(self, building: Path, save: Save, written: list[Any]) -> Path | None:
+        if self._topology.rank != 0:
+            return None
+        files = {rank_file(rank): record for rank, (record, _) in enumerate(written) if record}
+        tensors: dict[str, list[list[int]]] = {}
+        for rank, (_, pieces) in enumerate(written):
+            for name, (tp_rank, start, stop) in pieces.items():
+                tensors.setdefault(name, []).append([tp_rank, start, stop, rank])
+        fault_point("ckpt.state")
+        with disk_errors(f"writing {building}"):
+            for name, content in (("state.json", save.state), ("tensors.json", tensors)):
+                files[name] = write_synced(building / name, json_chunks(content))
+        attempt = building.name.split(".")[1]
+        described = {"step": save.step, "attempt": attempt, **self._described}
+        return checkpoint_folder.publish(building, files, described | {"metrics": save.metrics})
+
+    def _gather(self, work: Callable[[], T]) -> list[T]:
+        """The results of `work` on all ranks, or its first error on every one of them."""
+        return together(work, SaveError, self._group)
+
+
+def together(work: Callable[[], T], raised: type[Exception], group: Any = None) -> list[T]:
+    """Results of `work` by rank; an error on any rank raises `raised` on all. Collective."""
+    outcome: tuple[Any, str | None]
     try:
-        state = json.loads((folder / "state.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/state.json is not JSON ({error}); remove the folder") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{folder}/state.json has format {state.get('format')!r}, not {_FORMAT}")
-    return state
+        outcome = work(), None
+    except (raised, OSError, ValueError, KeyError, RuntimeError) as error:
+        text = str(error) if isinstance(error, raised) else f"{type(error).__name__}: {error}"
+        outcome = None, f"{text} (rank {dist.get_rank()})"
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, outcome, group=group)
+    errors = [error for _, error in everyone if error is not None]
+    if errors:
+        raise raised(errors[0])
+    return [result for result, _ in everyone]
 
 
-def save_checkpoint(
-    directory: Path,
+def _collect(
     step: int,
     model: PolicyModel,
     training: Training,
     topology: Topology,
+    state: Mapping[str, Any],
+    metrics: Mapping[str, float | None],
     *,
-    fingerprint: str,
-    data_fingerprint: str,
-    reference: str | None,  # digest of the reference's weights
-    metrics: dict[str, float],
-) -> Path:
-    """Writes `directory/step_N`, built under another name and renamed when whole. Collective."""
-    folder = directory / f"step_{step}"
-    building = directory / f"step_{step}.partial"
-    if topology.is_rank_zero:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    dist.barrier()
-    if topology.dp_rank == 0:
-        parameters = {n: _owned(p) for n, p in model.named_parameters()}
-        save_file(parameters, building / _model_file(topology))
-    if topology.dp_rank == 0 or _is_sharded(training):
-        save_file(_optimizer_tensors(training), building / _optimizer_file(training, topology))
-    dist.barrier()
-    if topology.is_rank_zero:
-        state = {
-            "format": _FORMAT,
-            "step": step,
-            "layout": topology.layout() | {"layers_of_stages": list(model.stage_layers)},
-            "sharded_optimizer": _is_sharded(training),
-            "fingerprint": fingerprint,
-            "data_fingerprint": data_fingerprint,
-            "reference": reference,
-            "metrics": {n: v if math.isfinite(v) else None for n, v in metrics.items()},
-            "scheduler": {"num_steps": training.scheduler.num_steps},
-            "group_steps": _group_steps(training),
-            "grad_scaler": _scaler_state(training),
-        }
-        (building / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    dist.barrier()
-    return folder
-
-
-def check_resumable(
-    folder: Path,
-    state: dict[str, Any],
-    *,
-    fingerprint: str,
-    data_fingerprint: str,
-    layout: dict[str, Any],
-) -> None:
-    """Raises ValueError when the checkpoint is of another configuration, data or layout."""
-    if state["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} belongs to a run of another configuration; "
-            "choose another checkpointing.checkpoint_dir"
-        )
-    if state["data_fingerprint"] != data_fingerprint:
-        raise ValueError(
-            f"the data has changed since {folder} was written (rows, tokenizer or chat template); "
-            "put it back, or choose another logger.log_dir"
-        )
-    changed = [
-        f"{k}={v} there, {layout[k]} here" for k, v in state["layout"].items() if v != layout[k]
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was written under another layout ({', '.join(changed)}), and resuming "
-            "across layouts is not built: use the same sizes, or a new logger.log_dir"
-        )
-
-
-@torch.no_grad()
-def load_checkpoint(
-    folder: Path, model: PolicyModel, training: Training, topology: Topology
-) -> dict[str, Any]:
-    """Restores weights, optimizer, scheduler and loss scale; returns the state. Collective."""
-    state = read_state(folder)
-    saved = load_file(folder / _model_file(topology))
-    for name, parameter in model.named_parameters():
-        parameter.copy_(saved[name])
-    _restore_optimizer(training, load_file(folder / _optimizer_file(training, topology)), state)
-    training.scheduler.num_steps = 0
-    training.scheduler.step(increment=state["scheduler"]["num_steps"])
-    if state["grad_scaler"] is not None:
-        _set_scaler_state(training, state["grad_scaler"])
-    dist.barrier()
-    return state
-
-
-def prune_checkpoints(
-    directory: Path, keep_top_k: int | None, metric_name: str | None, higher_is_better: bool
-) -> None:
-    """Keeps the newest and the `keep_top_k` best by `metric_name` (None = the newest ones).
-
-    `keep_top_k=None` keeps all. A checkpoint without the metric counts as the worst.
-    """
-    found = list_checkpoints(directory)
-    if keep_top_k is None or not found:
-        return
-
-    def badness(step: int) -> tuple[float, int]:
-        value = None
-        if metric_name is not None:
-            value = read_state(found[step])["metrics"].get(metric_name)
-        if value is None:
-            return float("inf") if metric_name is not None else 0.0, -step
-        return (-value if higher_is_better else value), -step
-
-    kept = {max(found), *sorted(found, key=badness)[:keep_top_k]}
-    for step, folder in found.items():
-        if step not in kept:
-            doomed = folder.with_name(folder.name + ".deleting")
-            folder.rename(doomed)  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _model_file(topology: Topology) -> str:
-    return f"model_tp{topology.tp_rank:02d}_pp{topology.pp_rank:02d}.safetensors"
-
-
-def _optimizer_file(training: Training, topology: Topology) -> str:
-    dp_rank = topology.dp_rank if _is_sharded(training) else 0
-    return (
-        f"optimizer_tp{topology.tp_rank:02d}_pp{topology.pp_rank:02d}_dp{dp_rank:02d}.safetensors"
+    copy: bool,
+) -> Save:
+    """What this rank writes; `copy` makes it independent of the training that goes on."""
+    tensors: dict[str, Tensor] = {}
+    pieces = {}
+    owned_by = owned_parts(training)
+    for parameter, entry in weight_table(model):
+        owned = owned_by.get(parameter)
+        if owned is None or getattr(parameter, "shared", False):
+            continue  # the last stage's copy of the tied weight is the first stage's
+        if entry.kind == "replicated" and topology.tp_rank > 0:
+            continue
+        start, stop = owned.start, owned.stop
+        if owned.is_replicated:  # a share for each peer
+            start, stop = _share(stop, topology.dp_rank, topology.dp_size)
+        if start == stop:
+            continue
+        of_main = slice(start - owned.start, stop - owned.start)
+        pieces[entry.name] = (topology.tp_rank, start, stop)
+        tensors[f"{entry.name}.parameter"] = owned.main.detach().view(-1)[of_main]
+        for name in MOMENTS:
+            if name in owned.state:
+                tensors[f"{entry.name}.{name}"] = owned.state[name].view(-1)[of_main]
+    tensors |= random_state.get()
+    if copy:
+        tensors = _copied(tensors)
+    return Save(
+        step=step,
+        tensors=tensors,
+        pieces=pieces,
+        state={
+            **state,
+            "scheduler_steps": training.scheduler.num_steps,
+            "updates": num_updates(training),
+            "grad_scaler": scaler_state(training),
+        },
+        metrics=dict(metrics),
     )
 
 
-def _is_sharded(training: Training) -> bool:
-    return training.optimizer.config.use_distributed_optimizer
+def _share(size: int, rank: int, count: int) -> tuple[int, int]:
+    return size * rank // count, size * (rank + 1) // count
 
 
-def _parts(training: Training) -> list:
-    return getattr(training.optimizer, "chained_optimizers", [training.optimizer])
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, made together: pinned, so that the device is not waited for each."""
+    on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+    copies = {
+        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=on_cuda).copy_(t, non_blocking=True)
+        for name, t in tensors.items()
+    }
+    if on_cuda:
+        torch.cuda.synchronize()
+    return copies
 
 
-def _inner_parameters(training: Training):
-    """(key, inner torch optimizer, parameter) in the optimizer's own, deterministic order."""
-    for part_index, part in enumerate(_parts(training)):
-        for group_index, group in enumerate(part.optimizer.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                yield f"{part_index}.{group_index}.{index}", part.optimizer, parameter
+def _write_shard(building: Path, rank: int, save: Save) -> tuple[dict[str, Any] | None, dict]:
+    with disk_errors(f"writing {building}"):
+        fault_point("ckpt.shard.open")
+        record = write_synced(building / rank_file(rank), _safetensors_chunks(save.tensors))
+        fault_point("ckpt.shard.close")
+    return record, save.pieces
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy on the CPU with memory of its own: safetensors refuses views into one buffer."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
-    tensors = {}
-    for key, inner, parameter in _inner_parameters(training):
-        tensors[f"{key}.parameter"] = _owned(parameter)
-        for name, value in inner.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = _owned(torch.as_tensor(value))
-    return tensors
-
-
-def _restore_optimizer(
-    training: Training, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> None:
-    names: dict[str, list[str]] = {}
-    for full in tensors:
-        key, name = full.rsplit(".", 1)
-        names.setdefault(key, []).append(name)
-    for key, inner, parameter in _inner_parameters(training):
-        parameter.copy_(tensors[f"{key}.parameter"])
-        inner.state[parameter] = {
-            name: _placed(name, tensors[f"{key}.{name}"], parameter)
-            for name in names[key]
-            if name != "parameter"
+def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The bytes of a safetensors file, tensor by tensor, so that one at a time is on the host."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-    groups = [g for part in _parts(training) for g in part.optimizer.param_groups]
-    for group, step in zip(groups, state["group_steps"], strict=True):
-        if step is not None:
-            group["step"] = step
-
-
-def _placed(name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-    # torch's AdamW keeps `step` on the CPU unless it is capturable or fused.
-    return tensor if name == "step" else tensor.to(parameter.device)
-
-
-def _group_steps(training: Training) -> list[int | None]:
-    """Fused Adams count steps per group instead of per parameter."""
-    groups = [g for part in _parts(training) for g in part.optimizer.param_groups]
-    return [int(g["step"]) if "step" in g else None for g in groups]
-
-
-def _scaler(training: Training):
-    return getattr(_parts(training)[0], "grad_scaler", None)
-
-
-def _scaler_state(training: Training) -> dict[str, float] | None:
-    scaler = _scaler(training)
-    if scaler is None:
-        return None
-    return {k: float(v) for k, v in scaler.state_dict().items()}
-
-
-def _set_scaler_state(training: Training, saved: dict[str, float]) -> None:
-    scaler = _scaler(training)
-    current = scaler.state_dict()
-    scaler.load_state_dict(
-        {
-            k: torch.full_like(v, saved[k]) if torch.is_tensor(v) else int(saved[k])
-            for k, v in current.items()
-        }
-    )
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    written, is_past_half = 0, False
+    for tensor in tensors.values():
+        content = memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for begin in range(0, len(content), _WRITE_BYTES):
+            if not is_past_half and written >= offset // 2:
+                is_past_half = True
+                fault_point("ckpt.shard.mid")
+            part = content[begin : begin + _WRITE_BYTES]
+            yield part
+            written += len(part)

@@ -14,9 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from reinforcer_tp.faultpoints import poison
 from reinforcer_tp.mcore.cpu import cuda_type_names
 from reinforcer_tp.mcore.model import PolicyModel
-from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.mcore.topology import Topology, any_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Training:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     max_grad_norm: float  # 0 = no clipping
+    topology: Topology
 
 
 def build_training(
@@ -67,6 +69,7 @@ def build_training(
         optimizer=optimizer,
         scheduler=_scheduler(optimizer, megatron, total_steps),
         max_grad_norm=policy.clip_grad,
+        topology=topology,
     )
 
 
@@ -118,19 +121,22 @@ def current_lr(training: Training) -> float:
 
 @torch.no_grad()
 def optimizer_step(training: Training) -> tuple[bool, float]:
-    """Clips and steps, unless the gradient norm is not finite. Collective.
+    """Clips and steps, unless the gradient norm is not finite on some rank. Collective.
 
     Returns:
-        (whether weights were updated, gradient norm before clipping). With float16's dynamic loss
-        scale an overflow is an ordinary event: the scale is halved and the step is skipped.
+        (whether weights were updated, which is alike on all ranks; gradient norm before clipping).
+        With float16's dynamic loss scale an overflow is an ordinary event: the scale is halved and
+        the step is skipped.
     """
+    topology = training.topology
+    poison("nonfinite.reduced", next(training.ddp[0].parameters()).main_grad)
     with cuda_type_names():
         found_inf = training.optimizer.prepare_grads()
-        if found_inf:
-            return False, math.inf
-        grad_norm = float(training.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            return False, grad_norm
+        grad_norm = math.inf if found_inf else float(training.optimizer.get_grad_norm())
+        # Replicas have one gradient, unless that of one was damaged after the reduction.
+        is_bad = not math.isfinite(grad_norm)
+        if any_rank(is_bad, topology.dp_group, topology.device):
+            return False, grad_norm if is_bad else math.nan
         if training.max_grad_norm:
             clip_grad_by_total_norm_fp32(
                 training.optimizer.get_parameters(), training.max_grad_norm, grad_norm

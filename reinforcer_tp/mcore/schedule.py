@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels import vocab_parallel_linear_logprob
 from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.data.packed_batch import PackedBatch, ResponseRows, response_rows
+from reinforcer_tp.faultpoints import faults_armed, poison
 from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
 from reinforcer_tp.mcore.model import PolicyModel, build_model
 from reinforcer_tp.mcore.topology import Topology
@@ -178,6 +179,8 @@ def _run(
             attention_mask=None,
             packed_seq_params=attention_params,
         )
+        if hidden.requires_grad and faults_armed():
+            hidden.register_hook(partial(poison, "nonfinite.gradient", rows=batch.rows))
         return hidden, partial(report, batch, own_rows)
 
     with _mode(stage, forward_only=forward_only):

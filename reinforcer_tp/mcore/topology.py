@@ -4,6 +4,7 @@ Megatron's `parallel_state` is read here and nowhere else.
 """
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.mcore.cpu import apply_cpu_support
+
+# Others may prepare data or write a checkpoint for hours: peers.py finds and names who hangs.
+COLLECTIVE_S = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,12 @@ def layout_of(world_size: int, tp_size: int, pp_size: int, vpp_size: int) -> dic
 
 
 def init_topology(
-    tp_size: int, pp_size: int, vpp_size: int = 1, *, seed: int, timeout_s: float = 1800.0
+    tp_size: int, pp_size: int, vpp_size: int = 1, *, seed: int, timeout_s: float = COLLECTIVE_S
 ) -> Topology:
     """Starts torch.distributed (gloo, plus nccl where there is CUDA) and Megatron's groups.
 
     RANK, WORLD_SIZE, LOCAL_RANK come from torchrun; without them this is a run of one process.
-    `timeout_s` is the longest a collective may wait.
+    `timeout_s` is the longest a collective, or a rank in the rendezvous, may wait.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     has_cuda = torch.cuda.is_available()
@@ -87,6 +91,7 @@ def init_topology(
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=pp_size,
         virtual_pipeline_model_parallel_size=vpp_size if vpp_size > 1 else None,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
@@ -146,6 +151,15 @@ def check_same_everywhere(facts: dict[str, Any]) -> None:
                 f"{everyone[others[0]][name]!r} on rank {others[0]} ({len(others)} in all); "
                 "expected the same: logger.log_dir and the data must be the same on every node"
             )
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether `flag` holds on some rank of `group`. Collective, where there is more than one."""
+    if group.size() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return bool(found.item())
 
 
 def destroy_topology() -> None:

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from reinforcer_tp.faultpoints import fault_point
 from reinforcer_tp.mcore.model import PolicyModel
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.untrusted import INDEX_BYTES, inside, read_json
 
 _MAX_FILE_BYTES = 4 << 30
 _DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors names them
@@ -34,6 +36,7 @@ Range = tuple[int, int] | None
 class Entry:
     """How one Megatron parameter is made of Hugging Face tensors."""
 
+    name: str  # Megatron's, with the layer's number in the whole model
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     kind: str  # replicated | vocab | qkv | column | row
@@ -70,17 +73,18 @@ def weight_table(model: PolicyModel) -> Iterator[tuple[Parameter, Entry]]:
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
             if name in _TOP_TABLE:
+                if name == "output_layer.weight" and shape.tied:  # the last stage's copy
+                    name = "embedding.word_embeddings.weight"
                 hf_name, kind = _TOP_TABLE[name]
-                if hf_name == "lm_head.weight" and shape.tied:  # the last stage's copy
-                    hf_name = "model.embed_tokens.weight"
                 hf_names: tuple[str, ...] = (hf_name,)
             else:
                 _, _, index, suffix = name.split(".", 3)
                 layer = chunk.decoder.layers[int(index)].layer_number - 1  # of the whole model
                 suffixes, kind = _LAYER_TABLE[suffix]
                 hf_names = tuple(f"model.layers.{layer}.{s}" for s in suffixes)
+                name = f"decoder.layers.{layer}.{suffix}"
             shapes = tuple(hf_shape(n, shape) for n in hf_names)
-            yield parameter, Entry(hf_names=hf_names, hf_shapes=shapes, kind=kind)
+            yield parameter, Entry(name=name, hf_names=hf_names, hf_shapes=shapes, kind=kind)
 
 
 def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
@@ -109,11 +113,14 @@ class SafetensorsReader:
     """Slices of the tensors in a local folder of safetensors files."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """Raises ValueError when there is no safetensors file or the index names a missing one."""
+        """Raises ValueError when there is no safetensors file, or the index names one that is
+        missing or outside of the folder."""
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             files = _weight_map(index)
+            for name in set(files.values()):
+                self._path(name)
         else:
             found = sorted(self.folder.glob("*.safetensors"))
             if not found:
@@ -129,13 +136,19 @@ class SafetensorsReader:
         self._handles: dict = {}
 
     def _open(self, file: str):
-        path = self.folder / Path(file).name  # an index must not lead out of the folder
-        if not path.is_file():
-            raise ValueError(f"{path} is named by the index of {self.folder} but is missing")
+        path = self._path(file)
         try:
             return safe_open(path, framework="pt")
         except Exception as error:  # safetensors raises its own types for torn files
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+    def _path(self, file: str) -> Path:
+        path = inside(self.folder, file)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is named by the index of {self.folder}; expected safetensors")
+        if not path.is_file():
+            raise ValueError(f"{path} is named by the index of {self.folder} but is missing")
+        return path
 
     def check(self, name: str, expected: tuple[int, ...]) -> None:
         """Raises ValueError when the tensor is missing or has another shape."""
@@ -172,11 +185,7 @@ class SafetensorsReader:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{index} cannot be read as JSON: {error}") from error
-    files = content.get("weight_map") if isinstance(content, dict) else None
+    files = read_json(inside(index.parent, index.name), INDEX_BYTES).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     return files
@@ -258,6 +267,37 @@ def _unshard(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[Tens
     return [torch.cat(parts).flatten(0, 1) for parts in zip(*split, strict=True)]
 
 
+def shard_shape(entry: Entry, shape: ModelShape, tp_size: int) -> tuple[int, ...]:
+    """Of one tensor-parallel shard of a parameter."""
+    rows, *columns = entry.hf_shapes[0]
+    if entry.kind == "replicated":
+        return (rows, *columns)
+    if entry.kind == "row":
+        return rows, columns[0] // tp_size
+    if entry.kind == "vocab":
+        return shape.padded_vocab_size(tp_size) // tp_size, *columns
+    return sum(size[0] for size in entry.hf_shapes) // tp_size, *columns
+
+
+class _TensorReader:
+    """Whole Hugging Face tensors in memory, read as `_shard` reads files."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> Tensor:
+        part = self._tensors[name][slice(*rows)] if rows else self._tensors[name]
+        return part[:, slice(*columns)] if columns else part
+
+
+def reshard(
+    entry: Entry, shards: list[Tensor], shape: ModelShape, tp_rank: int, tp_size: int
+) -> Tensor:
+    """Shard `tp_rank` of `tp_size` out of all shards of another tensor-parallel size."""
+    whole = dict(zip(entry.hf_names, _unshard(entry, shards, shape), strict=True))
+    return _shard(entry, _TensorReader(whole), shape, tp_rank, tp_size)
+
+
 def full_tensors(
     model: PolicyModel,
     topology: Topology,
@@ -301,6 +341,7 @@ def export_hf(
     if topology.is_rank_zero:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
+    fault_point("export.folder")
     dist.barrier()
     written: list[tuple[str, dict[str, int]]] = []  # (file, {tensor: bytes})
     if topology.dp_rank == 0:
@@ -310,6 +351,7 @@ def export_hf(
     if topology.is_rank_zero:
         _name_files(building, [file for rank in gathered for file in rank])
         write_companions(building)
+        fault_point("export.rename")
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
     dist.barrier()

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reinforcer_tp.reference.shards import (
-    BUILDING_NAME,
     SHARD_NAME,
     DamagedShard,
     UnreadableShard,
     disk_errors,
 )
 from reinforcer_tp.reference.store import DESCRIPTION, read_description, read_folder
+from reinforcer_tp.whole_files import BUILDING_NAME
 
 _DEAD_S = 3600.0  # a writer holds an unfinished file for seconds
 _DAY_S = 86400.0

@@ -7,15 +7,12 @@ the `logps` of chosen and rejected. The metadata names the reference, so that a 
 another reference's folder is found out. Imports no torch.
 """
 
-import errno
 import hashlib
 import os
 import re
-import secrets
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforcer_tp.reference.keys import ReferenceKey, flat_keys
+from reinforcer_tp.whole_files import building_name, write_whole
 
 FORMAT = 1  # of shards and of reference.json
 REMEDY = (
@@ -31,7 +29,6 @@ REMEDY = (
     "(reference.mode=resident reference.store_dir=null)"
 )
 SHARD_NAME = re.compile(r"(\d{20})-([0-9a-f]{32})\.parquet")
-BUILDING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_.-]*-\d+-[0-9a-f]{16}")
 
 
 def _list_of(kind: pa.DataType, size: int = -1) -> pa.DataType:
@@ -185,41 +182,9 @@ def write_shard(folder: Path, content: bytes) -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raises OSError where no file can be made."""
-    probe = _building(folder)
+    probe = building_name(folder)
     probe.touch(exist_ok=False)
     probe.unlink()
-
-
-def _building(folder: Path) -> Path:
-    """A name of its own for a file that is not whole yet."""
-    host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
-    return folder / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a crash. Raises OSError."""
-    building = _building(path.parent)
-    try:
-        with open(building, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    finally:
-        with suppress(OSError):  # gone when all went well
-            building.unlink()
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(handle)
 
 
 @contextmanager

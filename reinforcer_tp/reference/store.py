@@ -37,8 +37,8 @@ from reinforcer_tp.reference.shards import (
     read_shard,
     shard_paths,
     write_shard,
-    write_whole,
 )
+from reinforcer_tp.whole_files import write_whole
 
 if TYPE_CHECKING:
     from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet

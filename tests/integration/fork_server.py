@@ -10,6 +10,7 @@ The server itself ends when nobody holds the other end of SOCKET any more.
 """
 
 import ast
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -27,6 +28,15 @@ from pathlib import Path
 INTEGER = struct.Struct("i")
 MARK = "REINFORCER_TP_TEST_RUN"  # in the environment of every process of a run
 LARGEST_MESSAGE = 1 << 20  # bytes
+QUICK_EXIT = "REINFORCER_TP_TEST_QUICK_EXIT"  # when set, an ended run does not tidy up its modules
+LAZY = (  # what is imported only when it is asked for
+    "transformers.models.auto",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.tensor",
+    "datasets.packaged_modules.generator.generator",
+    "numpy.ctypeslib",
+)
 
 
 def imported_by(script: Path) -> Iterator[str]:
@@ -43,9 +53,7 @@ def import_everything(script: Path) -> None:
     from reinforcer_tp.train import quiet_libraries
 
     quiet_libraries()
-    # The last are what transformers imports only when a tokenizer or a model is asked for.
-    lazy = ["transformers.models.auto", "transformers.models.llama", "torch.distributed.tensor"]
-    for module in [*imported_by(script), *lazy]:
+    for module in [*imported_by(script), *LAZY]:
         importlib.import_module(module)
     import torch
 
@@ -145,9 +153,22 @@ def become(run: dict, rank: int) -> None:
     os.chdir(run["cwd"])
 
 
+def leave(end: SystemExit) -> None:
+    """As the interpreter does, but for half a second of taking modules apart."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+
+
 if __name__ == "__main__":
     del sys.path[0]  # this file's folder
     import_everything(Path(sys.argv[2]))
     run, rank = next_run(socket.socket(fileno=int(sys.argv[1])))
     become(run, rank)
-    runpy.run_path(run["script"], run_name="__main__")  # and end as any script does
+    try:
+        runpy.run_path(run["script"], run_name="__main__")  # and end as any script does
+    except SystemExit as end:
+        if QUICK_EXIT not in os.environ:
+            raise
+        leave(end)

@@ -31,6 +31,7 @@ ALLOWED = {
         "kernels",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data.packed_batch",
+        "reinforcer_tp.faultpoints",
         "reinforcer_tp.pipeline_layout",
     ),
     "reinforcer_tp/reference": (
@@ -47,6 +48,7 @@ ALLOWED = {
         "reinforcer_tp.config",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data",
+        "reinforcer_tp.faultpoints",
         "reinforcer_tp.first_step",
         "reinforcer_tp.flops",
         "reinforcer_tp.health",

@@ -1,0 +1,53 @@
+"""JSON as data files must hold it: no NaN, no key twice, no half of a character, not endless."""
+
+import json
+from typing import Any
+
+DEPTH = 64  # lists and objects within each other; chat rows with tools need about ten
+
+
+def loads(text: str) -> Any:
+    """The value in `text`. ValueError saying what is wrong with it."""
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+        )
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    if text.count("[") + text.count("{") > DEPTH:
+        check_depth(value)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def check_depth(value: Any, room: int = DEPTH) -> None:
+    """ValueError where lists and mappings are nested more than `room` deep."""
+    if isinstance(value, (dict, list)):
+        if room == 0:
+            raise ValueError(_too_deep())
+        for item in value.values() if isinstance(value, dict) else value:
+            check_depth(item, room - 1)
+
+
+def _too_deep() -> str:
+    return f"lists or objects nested more than {DEPTH} deep"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)[:80]!r} occurs twice")
+    return result
+
+
+def _integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= 20 else 2**63
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"the number {digits[:24]}{'...' * (len(digits) > 24)} has over 64 bits")
+    return value
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,78 @@
+"""The checkpoints of a run: which one it goes on from, and what writes the next ones."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from reinforcer_tp.checkpoint_folder import prune_checkpoints, remove_left_overs, set_aside
+from reinforcer_tp.config import Config, fingerprint
+from reinforcer_tp.inputs import Inputs
+from reinforcer_tp.mcore.checkpoint import CheckpointWriter, together
+from reinforcer_tp.mcore.restore import first_undamaged
+from reinforcer_tp.mcore.topology import Topology
+
+
+def settle_resume(config: Config, inputs: Inputs, topology: Topology) -> Inputs:
+    """`inputs` with the one checkpoint to go on from, every byte of it verified. Collective.
+
+    Raises CheckpointError on every rank.
+    """
+    section, directory = config.checkpointing, Path(config.checkpoint_dir)
+    passed_over, points = list(inputs.passed_over), inputs.resume_points
+    if points:
+        index, errors = first_undamaged(
+            [point.folder for point in points],
+            topology,
+            may_fall_back=section.on_damaged == "previous",
+        )
+        passed_over += errors
+        points = points[index : index + 1]
+    settled = dataclasses.replace(inputs, resume_points=points, passed_over=tuple(passed_over))
+    if topology.is_rank_zero and section.enabled:
+        remove_left_overs(directory)
+        if passed_over or _branch(config) is not None:
+            set_aside(directory, settled.start_step)
+    return settled
+
+
+def open_writer(
+    config: Config, inputs: Inputs, topology: Topology, reference: str | None
+) -> CheckpointWriter | None:
+    """What writes the run's checkpoints, None where it writes none. Collective.
+
+    `reference` is the digest of the reference's weights.
+    """
+    section, directory = config.checkpointing, Path(config.checkpoint_dir)
+    if not section.enabled:
+        return None
+    run = inputs.resumed.manifest["run"] if inputs.resumed else os.urandom(8).hex()
+
+    def prune(step: int) -> None:
+        prune_checkpoints(
+            directory,
+            section.keep_top_k,
+            section.metric_key,
+            section.higher_is_better,
+            written=step,
+        )
+
+    return CheckpointWriter(
+        directory,
+        topology,
+        described={
+            "run": together(lambda: run, RuntimeError)[0],
+            "branch": _branch(config),
+            "layout": topology.layout(),
+            "fingerprint": fingerprint(config),
+            "data_fingerprint": inputs.data.fingerprint,
+            "reference": reference,
+        },
+        is_async=section.async_save,
+        after=prune,
+    )
+
+
+def _branch(config: Config) -> str | None:
+    """The checkpoint that checkpointing.resume names."""
+    wanted = config.checkpointing.resume
+    return None if wanted in ("auto", "never") else str(Path(wanted).expanduser().resolve())
