@@ -26,21 +26,22 @@ from reinforcer_tp.whole_files import building_name
 NAMES = ("attempts", "heartbeat", "stop")  # in log_dir, before there is a run in it
 IN_A_ROW = 3  # failures without progress
 _FRESH_S = 600.0  # an attempt begun before this process by more is another one
+_ENDED_S = 10.0  # likewise one that ended before it
 _NO_PROGRESS = {Exit.INTERNAL, Exit.IO, Exit.NO_RESTART}
 
 
-def launch_token(environ: Mapping[str, str] = os.environ) -> str:
-    """What the ranks of one launch share, and where it can be known, no other launch has."""
+def launch_token(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
+    """What the ranks of one launch share, and whether no other launch has it."""
     names = (
         *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"),
         *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
     )
     parts = [environ.get(name, "") for name in names]
-    if "RANK" not in environ:
-        parts += [socket.gethostname(), str(os.getpid()), str(process_start(os.getpid()))]
-    elif environ.get("WORLD_SIZE") == environ.get("LOCAL_WORLD_SIZE"):
-        parts += [socket.gethostname(), str(os.getppid()), str(process_start(os.getppid()))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    is_one_node = environ.get("WORLD_SIZE") == environ.get("LOCAL_WORLD_SIZE")
+    if is_one_node:
+        owner = os.getppid() if "RANK" in environ else os.getpid()
+        parts += [socket.gethostname(), str(owner), str(process_start(owner))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24], is_one_node
 
 
 class Attempt:
@@ -49,7 +50,7 @@ class Attempt:
     def __init__(self, log_dir: Path, rank: int, world_size: int) -> None:
         self._log_dir, self._rank, self._world_size = log_dir, rank, world_size
         self._started = time.time()
-        self._token = launch_token()
+        self._token, self._is_unique = launch_token()
         self._folder: Path | None = None
 
     def folder(self) -> Path | None:
@@ -81,9 +82,11 @@ class Attempt:
 
     def _is_ours(self, folder: Path) -> bool:
         about, ended = _read(folder / "attempt.json"), _read(folder / "exit.json")
-        if about.get("token") != self._token or self._started - about["started"] > _FRESH_S:
+        if about.get("token") != self._token or self._is_unique:
+            return about.get("token") == self._token
+        if self._started - about["started"] > _FRESH_S:
             return False
-        return ended.get("ended", self._started) >= self._started
+        return ended.get("ended", self._started) > self._started - _ENDED_S
 
     def write(self, name: str, text: str) -> Path | None:
         """Puts `text` into the folder at the end of file `name`; None: it could not be."""

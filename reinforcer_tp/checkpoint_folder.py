@@ -31,6 +31,7 @@ _LEFT_OVER = re.compile(r"step_\d{1,12}\.[0-9a-f]{16}\.partial|trash_step_\d{1,1
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_JSON_BYTES = 1 << 30
 _READ_BYTES = 16 << 20
+_FLUSH_BYTES = 64 << 20
 _SPARE = 1.1  # times what a checkpoint needs must be free
 
 
@@ -160,18 +161,24 @@ def begin(directory: Path, step: int, attempt: str, num_bytes: int) -> Path:
 def write_synced(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     """Writes a new file and waits for the disk; {"bytes", "sha256"} of what was to be written.
 
-    The digest is of the chunks in memory and is computed beside the writing. Raises OSError.
+    The digest is of the chunks in memory; it is computed, and the disk set to work, beside the
+    writing. Raises OSError.
     """
-    digest, size = hashlib.sha256(), 0
-    hashed: Future | None = None
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
+    digest, size, flushed = hashlib.sha256(), 0, 0
+    hashing: Future | None = None
+    flushing: Future | None = None
+    with open(path, "xb") as file, ThreadPoolExecutor(2) as beside:
         for chunk in chunks:
-            if hashed is not None:
-                hashed.result()  # no more than one chunk waits in memory
-            hashed = hasher.submit(digest.update, chunk)
+            if hashing is not None:
+                hashing.result()  # no more than one chunk waits in memory
+            hashing = beside.submit(digest.update, chunk)
             file.write(chunk)
             size += len(chunk)
+            if size - flushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
+                flushing, flushed = beside.submit(os.fdatasync, file.fileno()), size
         file.flush()
+        if flushing is not None:
+            flushing.result()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -207,7 +214,7 @@ def _manifest_chunks(content: bytes) -> Iterator[bytes]:
 
 def json_chunks(content: Mapping[str, Any]) -> Iterator[bytes]:
     """What write_synced writes of a JSON object."""
-    yield json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+    yield json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def prune_checkpoints(

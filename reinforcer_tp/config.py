@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from reinforcer_tp import config_check, config_load, config_loss
+from reinforcer_tp import config_check, config_load, config_loss, config_yaml
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
 from reinforcer_tp.config_keys import flatten
 from reinforcer_tp.model_shape import find_model_shape, validate_model
@@ -68,7 +68,7 @@ class DPOConfig:
     on_nonfinite: Literal["stop", "skip"] = (
         "stop"  # a loss or gradient that is not finite ends the run, or its batch is skipped; ours
     )
-    max_nonfinite_steps: int = 3  # skipped steps in a row, then the run ends; ours
+    max_nonfinite_steps: int = 3  # skipped in a row at most; one more ends the run; ours
 
     def __post_init__(self):
         in_range(self, "dpo", "max_num_epochs max_num_steps max_nonfinite_steps", 1)
@@ -472,7 +472,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration; `load_config` of it gives an equal Config."""
-    return config_load.dump(dataclasses.asdict(config))
+    return config_yaml.dump(dataclasses.asdict(config))
 
 
 def decisive(config: Config) -> dict[str, Any]:

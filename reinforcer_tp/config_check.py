@@ -30,7 +30,14 @@ DATASETS_FROM_HUB = ("HelpSteer3", "Tulu3Preference")
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration: the message says what, got, expected and the fix."""
+    """A mistake in the configuration: the message says what, got, expected and the fix.
+
+    It is one line that any terminal bears, whatever the keys and values are.
+    """
+
+    def __init__(self, message: str):
+        text = message if len(message) <= 1200 else f"{message[:1197]}..."
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def require(ok: bool, message: str) -> None:

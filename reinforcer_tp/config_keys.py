@@ -130,7 +130,7 @@ def suggest(schema: type, key: str) -> str:
     for end in range(len(parts), 0, -1):
         if ".".join(parts[:end]) in HINTS:
             return HINTS[".".join(parts[:end])]
-    near = _nearest(all_keys(schema), key)
+    near = _nearest(all_keys(schema), key) if len(key) < 200 else None
     if near is not None:
         return f"did you mean {near}?"
     section = field_type(schema, ".".join(parts[:-1])) if len(parts) > 1 else schema

@@ -119,8 +119,8 @@ def parse_override(schema: type, text: str) -> dict:
 
 
 def _parse_value(text: str, key: str, as_text: bool) -> object:
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
         if as_text:
             return _text_value(node, text)
@@ -132,9 +132,7 @@ def _parse_value(text: str, key: str, as_text: bool) -> object:
         if as_text:
             return text
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{key}={text} cannot be read: {problem}") from None
-    finally:
-        loader.dispose()
+        raise ConfigError(f"{key}={shown(redact(text))} cannot be read: {problem[:200]}") from None
 
 
 def _text_value(node: yaml.Node | None, text: str) -> str | None:
@@ -178,8 +176,11 @@ def _check_value(value: object, hint: object, key: str, origin: str) -> None:
     where = f"{key}={shown(value)} (from {origin}): expected {describe(hint)}"
     text_ok = not is_text(hint) or value is None or isinstance(value, str)
     require(text_ok, f"{where}; put it in quotes")
-    require(not is_list(hint) or value is None or isinstance(value, list), where)
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_list(hint) and value is not None:
+        require(isinstance(value, list), where)
+        allowed = str if hint == list[str] else int | float
+        require(all(isinstance(v, allowed) and not isinstance(v, bool) for v in value), where)
     require(hint is not bool or not number, where)
     require(value != "???", where)
 
@@ -204,6 +205,11 @@ def _check_references(value: object, key: str, origin: str) -> None:
     if isinstance(value, dict | list):
         for child in value.values() if isinstance(value, dict) else value:
             _check_references(child, key, origin)
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(
+            f"{key}={shown(value)} (from {origin}) holds a NUL or half of a character; expected "
+            f"Unicode text"
+        )
     if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
         raise ConfigError(
             f"{key}={shown(value)} (from {origin}): only references such as ${{dpo.seed}} are "

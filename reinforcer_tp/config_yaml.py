@@ -102,8 +102,8 @@ def read_yaml(path: str) -> dict:
 
 
 def parse_yaml(text: str, origin: str) -> dict:
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             kind = "nothing" if node is None else f"a {node.id}"
@@ -118,13 +118,11 @@ def parse_yaml(text: str, origin: str) -> dict:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{origin}{where}: not valid YAML: {problem}") from None
-    finally:
-        loader.dispose()
+        raise ConfigError(f"{origin}{where}: not valid YAML: {problem[:200]}") from None
 
 
-# A number of 5,000 digits is a ValueError.
-UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+# A number of 5,000 digits is a ValueError, "\\UFFFFFFFF" an OverflowError.
+UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def check_nodes(

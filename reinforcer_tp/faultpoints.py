@@ -5,7 +5,8 @@
 Each fault is `NAME[@CONDITION=N,...]:ACTION`. Conditions are `rank`, `step` (of the latest
 `step.begin`), `row` (poison points: a pair of the micro-batch, by its row in the source) and `hit`
 (only the n-th call that fulfils the others); without `hit` every call acts.
-Actions: kill, stop, term (signals to this process), loop (never returns), sleep=SECONDS,
+Actions: kill, stop, term (signals to this process), loop (never returns), sleep=SECONDS, skip (the
+next all_reduce of torch.distributed does nothing),
 raise=ERRNO (an OSError, such as ENOSPC), exit (status 1, no clean-up); for poison points nan=INDEX,
 inf=INDEX, -inf=INDEX, huge=INDEX (of the flat tensor, modulo its size). Imports no torch.
 """
@@ -152,7 +153,7 @@ def _parse(text: str) -> _Fault:
             raise _mistake(text, f"has the condition {condition}", "rank=N, hit=N, step=N or row=N")
         conditions[key] = int(number)
     if not _is_action(action, argument, is_poison=name in POISON_POINTS):
-        expected = "kill, stop, term, loop, exit, sleep=SECONDS or raise=ENOSPC"
+        expected = "kill, stop, term, loop, skip, exit, sleep=SECONDS or raise=ENOSPC"
         if name in POISON_POINTS:
             expected = "nan=INDEX, inf=INDEX, -inf=INDEX or huge=INDEX"
         raise _mistake(text, f"has the action {match['action']}", expected)
@@ -166,7 +167,7 @@ def _is_action(action: str, argument: str, *, is_poison: bool) -> bool:
         return re.fullmatch(r"\d+(\.\d+)?", argument) is not None
     if action == "raise":
         return argument in errno.errorcode.values()
-    return (action in _SIGNALS or action in ("loop", "exit")) and not argument
+    return (action in _SIGNALS or action in ("loop", "skip", "exit")) and not argument
 
 
 def _mistake(text: str, got: str, expected: str) -> ConfigError:
@@ -174,11 +175,15 @@ def _mistake(text: str, got: str, expected: str) -> ConfigError:
 
 
 def _act(fault: _Fault) -> None:
+    if fault.action in ("stop", "loop", "skip"):  # the clock of a hang starts here
+        print(f"warning: {fault.action} at {fault.name}", file=sys.stderr, flush=True)
     if fault.action in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[fault.action])
     elif fault.action == "loop":
         while True:
             pass
+    elif fault.action == "skip":
+        _skip_next_all_reduce()
     elif fault.action == "sleep":
         time.sleep(float(fault.argument))
     elif fault.action == "raise":
@@ -186,3 +191,14 @@ def _act(fault: _Fault) -> None:
         raise OSError(number, f"{os.strerror(number)} (armed at {fault.name})")
     else:
         os._exit(1)
+
+
+def _skip_next_all_reduce() -> None:
+    import torch.distributed as dist
+
+    whole = dist.all_reduce
+
+    def skipped(*_: Any, **__: Any) -> None:
+        dist.all_reduce = whole
+
+    dist.all_reduce = skipped

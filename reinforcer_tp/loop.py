@@ -275,7 +275,7 @@ def _update(
         run.skips.in_row = 0
         return None, grad_norm
     if run.config.policy.precision != "float16":
-        run.stops.phase("diagnosis")
+        run.stops.tick()  # that computes the step again
         return look_at_gradient(step, run.stage, run.training, part.batches, loss), grad_norm
     trouble = loss_scale_trouble(step, run.training, grad_norm)
     if trouble is None:

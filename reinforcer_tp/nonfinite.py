@@ -120,17 +120,7 @@ def look_at_gradient(
         found.append((index, batch.rows, glance_at_gradients(training)))
     everyone = _everyone(found, topology)
     places = [place for index in range(len(batches)) for place in _places(index, everyone)]
-    if not places:
-        norm, rank, index = max(
-            (glance.norm, -glance.rank, -index) for part in everyone for index, _, glance in part
-        )
-        places = [_suspects(before, topology)]
-        if norm > _LARGE_NORM:
-            places = [
-                f"the sum over micro-batches and ranks overflows; the largest gradient, of norm "
-                f"{norm:.1e}, is that of rank {-rank}, micro-batch {-index}"
-            ]
-    return _trouble(step, "the gradient norm", places, training)
+    return _trouble(step, "the gradient norm", places or [_no_place(before, everyone)], training)
 
 
 def loss_scale_trouble(step: int, training: Training, grad_norm: float) -> Trouble | None:
@@ -148,14 +138,14 @@ def loss_scale_trouble(step: int, training: Training, grad_norm: float) -> Troub
 
 def _trouble(step: int, what: str, places: list[str], training: Training) -> Trouble:
     """With the weights that are to blame themselves, which skipping a batch does not mend."""
-    glances = [g for g in _everyone(glance_at_weights(training), training.topology) if g.num_bad]
-    weights = [
-        f"rank {g.rank}: {g.num_bad} of {g.num} weights are not finite or too large to square, "
-        f"first {g.first_bad}"
-        for g in glances
-    ]
+    ranks: dict[str, list[int]] = {}
+    for g in _everyone(glance_at_weights(training), training.topology):
+        if g.num_bad:
+            text = f"{g.num_bad} of {g.num} weights are not finite, or too large to square, first "
+            ranks.setdefault(text + g.first_bad, []).append(g.rank)
+    weights = [f"{_ranks(those)}: {text}" for text, those in ranks.items()]
     more = [f"and {len(places) - 8} more places"] if len(places) > 8 else []
-    where = "; ".join([*weights, *places[:8], *more])
+    where = "; ".join([*places[:8], *more, *weights])
     return Trouble(step=step, text=f"{what} is not finite ({where})", can_skip=not weights)
 
 
@@ -194,8 +184,20 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _suspects(before: list[tuple[Glance, Glance | None]], topology: Topology) -> str:
-    """Whose hardware erred, as far as gradients show it that were reduced already."""
+def _no_place(
+    before: list[tuple[Glance, Glance | None]],
+    everyone: list[list[tuple[int, tuple[int, ...], Glance]]],
+) -> str:
+    """Where no micro-batch has a bad gradient of its own, the second time."""
+    norm, rank, index = max(
+        (glance.norm, -glance.rank, -index) for part in everyone for index, _, glance in part
+    )
+    if norm > _LARGE_NORM:
+        return (
+            f"the sum over parameters, micro-batches and ranks overflows; the largest gradient, of "
+            f"norm {norm:.1e}, is that of rank {-rank}, micro-batch {-index}"
+        )
+    # Whose hardware erred, as far as gradients show it that were reduced already.
     own = [part for _, part in before if part is not None and part.num_bad]
     reduced = [glance for glance, _ in before if glance.num_bad]
     text = "not again when every micro-batch is computed a second time: the hardware of "

@@ -30,6 +30,7 @@ from reinforcer_tp.processes import machine, process_start, process_state
 from reinforcer_tp.stops import all_stacks
 
 INTERVAL_S = 1.0
+_SHORTEST_S = 0.05  # between two beats, when steps are short
 _CONNECT_S = 86_400.0  # peers may prepare data for hours
 _CALL_S = 30.0
 _QUIET_S = 60.0  # a thread may be kept from running this long where files are read and written
@@ -129,6 +130,10 @@ class Peers:
     def start(self) -> None:
         self._thread.start()
 
+    def wake(self) -> None:
+        """The position has changed."""
+        self._wake.set()
+
     def close(self) -> None:
         """This rank has finished: nobody must miss it. Main thread."""
         self._is_done = True
@@ -180,6 +185,7 @@ class Peers:
                 return
             if self._is_done:
                 return
+            time.sleep(min(_SHORTEST_S, self._interval_s))
             self._wake.wait(0.1 * self._interval_s if self._hurries else self._interval_s)
             self._wake.clear()
 
@@ -263,7 +269,7 @@ class Peers:
 
     def _tell_lost(self, lost: Mapping[int, Beat], why: str) -> None:
         """Ends this process, with the first failure that any rank has told."""
-        named = [beat.text(rank) for rank, beat in sorted(lost.items())[:4]]
+        named = [self._at_least(beat).text(rank) for rank, beat in sorted(lost.items())[:4]]
         if lost:
             beat = lost[min(lost)]
             more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
@@ -271,6 +277,13 @@ class Peers:
         failure = self._ending.lost(why, tuple(sorted(lost)))
         told = self._store.compare_set("failure", "", failure.to_json())
         self._follow(Failure.from_json(told.decode()))
+
+    def _at_least(self, beat: Beat) -> Beat:
+        """A beat is some time old; that rank has finished what all ranks agreed on after it."""
+        agreed = self._position.agreed
+        if agreed is None or (beat.step is not None and beat.step >= agreed):
+            return beat
+        return replace(beat, step=agreed, phase="step")
 
     def _follow(self, failure: Failure) -> None:
         beats = [self._read(rank) for rank in failure.culprits]

@@ -17,6 +17,7 @@ class Position:
     def __init__(self) -> None:
         self.phase = "start"
         self.step: int | None = None  # the last finished one; None before the loop
+        self.agreed: int | None = None  # the last one that all ranks have finished
         self.start_step: int | None = None  # the one that this attempt began after
         self.saved_step: int | None = None  # of the newest checkpoint that this attempt wrote
         self.ticks = 0  # grows with any progress

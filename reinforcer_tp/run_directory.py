@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from reinforcer_tp import attempts
+from reinforcer_tp.checkpoint_folder import CheckpointError, read_json
 from reinforcer_tp.config import Config, ConfigError, decisive, load_config, to_yaml
 from reinforcer_tp.resume import check_same_run
+from reinforcer_tp.whole_files import BUILDING_NAME, write_whole
 
 _FINISHED = "finished.json"
 
@@ -32,7 +34,8 @@ def check_run_directory(config: Config) -> bool:
                 "write to; choose another"
             )
         return False
-    if not {path.name for path in folder.iterdir()} - set(attempts.NAMES):
+    names = {path.name for path in folder.iterdir()} - set(attempts.NAMES)
+    if all(map(BUILDING_NAME.fullmatch, names)):  # a run that was killed at once leaves one
         return False
     recorded = folder / "config.yaml"
     if not recorded.is_file():
@@ -62,18 +65,23 @@ def write_run_directory(config: Config, environment: dict[str, Any], report: dic
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"logger.log_dir={folder} cannot be made: {error}") from error
-    (folder / "config.yaml").write_text(to_yaml(config))
+    write_whole(folder / "config.yaml", to_yaml(config).encode())
     for name, content in (("environment.json", environment), ("data_report.json", report)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(folder / name, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def finished_steps(config: Config) -> int | None:
     """The number of steps after which this run ended, None when it has not."""
     path = Path(config.logger.log_dir) / _FINISHED
-    return json.loads(path.read_text())["steps"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    steps = read_json(path).get("steps")
+    if not isinstance(steps, int):
+        raise CheckpointError(f"{path} holds no number of steps; remove it")
+    return steps
 
 
 def mark_finished(config: Config, steps: int) -> None:
     """Rank 0 only, after everything else is written."""
     path = Path(config.logger.log_dir) / _FINISHED
-    path.write_text(json.dumps({"steps": steps}) + "\n")
+    write_whole(path, json.dumps({"steps": steps}).encode() + b"\n")

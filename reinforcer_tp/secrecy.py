@@ -1,8 +1,10 @@
 """Secrets stay out of what a run prints and writes, and its files are its user's alone."""
 
+import argparse
 import os
 import re
 from collections.abc import Mapping
+from typing import NoReturn
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
@@ -58,6 +60,13 @@ def _password(value: str) -> str | None:
 def _is_path(value: str) -> bool:
     """Variables such as PASSWORD_STORE_DIR and X_TOKEN name files, too."""
     return value.startswith(("/", "~/")) and os.path.exists(os.path.expanduser(value))
+
+
+class RedactingParser(argparse.ArgumentParser):
+    """Its errors repeat arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 def make_files_private() -> None:

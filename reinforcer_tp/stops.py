@@ -66,7 +66,7 @@ class Stopped(Exception):
     def __init__(self, reason: Reason, *, step: int, total_steps: int, saved: Path | None) -> None:
         kept = f"saved {saved}; the same command goes on" if saved else "no checkpoint was saved"
         super().__init__(f"stopped by {reason.text} after step {step} of {total_steps}; {kept}")
-        self.reason, self.saved = reason, saved
+        self.reason, self.step, self.saved = reason, step, saved
 
 
 class Stops:
@@ -179,6 +179,7 @@ class Stops:
         if name == "save":
             self._save_began = now
         self.position.enter(name)
+        self._publish()
         if name not in STEP_PARTS:
             self._beat()
 
@@ -193,7 +194,12 @@ class Stops:
         self._boundary_at = now
         self.position.step = step
         self.position.tick()
+        self._publish()
         self._beat()
+
+    def _publish(self) -> None:
+        if self.ending.peers is not None:
+            self.ending.peers.wake()
 
     def _beat(self) -> None:
         if self.ending.rank == 0 and self.ending.attempt is not None:
@@ -219,6 +225,7 @@ class Stops:
             found = torch.tensor([code], dtype=torch.int32, device=topology.device)
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
             code = int(found.item())
+        self.position.agreed = self.position.step
         if code == Reason.STOP_FILE and self.ending.rank == 0 and self._stop_file is not None:
             with contextlib.suppress(OSError):  # else the same command would stop again
                 self._stop_file.unlink()

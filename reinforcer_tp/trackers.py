@@ -14,6 +14,7 @@ from pathlib import Path
 
 from reinforcer_tp.config import ConfigError
 from reinforcer_tp.config_keys import flatten
+from reinforcer_tp.untrusted import read_json
 
 _MAX_MLFLOW_PARAMS = 100  # in one request (mlflow.utils.validation.MAX_PARAMS_TAGS_PER_BATCH)
 
@@ -43,7 +44,7 @@ def open_trackers(
 ) -> list[Tracker]:
     """Start the enabled trackers' runs, or go on with the recorded ones when `resume_step` > 0."""
     record = log_dir / "tracker_runs.json"
-    run_ids = json.loads(record.read_text()) if resume_step > 0 and record.exists() else {}
+    run_ids = read_json(record) if resume_step > 0 and record.exists() else {}
     trackers = []
     for package in _enabled(logger_config):
         section = getattr(logger_config, package)

@@ -27,6 +27,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 # Only what is light: signals must be heard, and an error in the configuration must not wait for
 # torch. The rest is imported where it is used.
 from reinforcer_tp.ending import leave
+from reinforcer_tp.secrecy import make_files_private
 from reinforcer_tp.stops import Stopped, Stops
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def main(argv: list[str]) -> int:
+    make_files_private()
     with Stops() as stops:
         return exit_code(argv, stops)
 
@@ -45,6 +47,8 @@ def exit_code(argv: list[str], stops: Stops) -> int:
     try:
         return configure_and_train(argv, stops)
     except Stopped as stopped:
+        if stopped.saved is not None:
+            stops.position.saved_step = stopped.step
         return stops.ending.stopped(str(stopped))
     except Exception as error:
         return stops.ending.failed(error)

@@ -13,7 +13,7 @@ import datasets
 from reinforcer_tp.data.hub import load_hub_dataset
 from reinforcer_tp.data.pairs import TaskDataSpec
 from reinforcer_tp.data.shapes import format_helpsteer3
-from reinforcer_tp.data.sources import Source, load_rows
+from reinforcer_tp.data.sources import Source, home_path, load_rows
 
 
 class FileDataset:
@@ -125,7 +125,7 @@ def _load_splits(
         validation = Source(
             path=val_data_path,
             key="data.val_data_path",
-            subset=None if Path(val_data_path).expanduser().is_file() else subset,
+            subset=None if home_path(val_data_path).is_file() else subset,
             default_splits=("validation", "test", "train"),
         )
         splits["validation"] = _load_renamed(validation, names)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from reinforcer_tp.data import strict_json
 from reinforcer_tp.data.hub import one_line
+from reinforcer_tp.data.pairs import brief
 
 FORMATS = ("jsonl", "ndjson", "json", "parquet")
 EXPECTED = "files that end in .jsonl, .json or .parquet (or those with .gz)"
@@ -34,11 +35,15 @@ def load_files(paths: list[Path]) -> datasets.Dataset:
     if None in formats or len({name == "parquet" for name in formats}) != 1:
         names = ", ".join(path.name for path in paths[:3])
         raise ValueError(f"cannot read {names} as one set; expected {EXPECTED}, not mixed")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is no regular file; expected {EXPECTED}")
+    digest = _digest(paths)
     features = _parquet_features(paths) if formats == {"parquet"} else _json_features(paths)
     kwargs = {
         "paths": tuple(map(str, paths)),
         "json_columns": tuple(key for key, value in features.items() if value == datasets.Json()),
-        "digest": f"{VERSION}-{_digest(paths)}",
+        "digest": f"{VERSION}-{digest}",
     }
     with progress_bars(shown=sum(path.stat().st_size for path in paths) > BIG):
         try:
@@ -62,16 +67,19 @@ def progress_bars(*, shown: bool) -> Iterator[None]:
 
 
 def _iterate(paths: tuple[str, ...], json_columns: tuple[str, ...], digest: str) -> Iterator[dict]:
-    """Rows of all files; `digest` is there for the cache of `from_generator`."""
+    """Rows of all files; the cache of `from_generator` keeps them under `digest`."""
     for path in map(Path, paths):
         if file_format(path) == "parquet":
-            for batch in pq.ParquetFile(_seekable(path)).iter_batches():
-                yield from batch.to_pylist()
+            with readable(path):
+                for batch in _parquet(path).iter_batches():
+                    yield from batch.to_pylist()
         else:
             for _, row in _json_rows(path):
                 # As JSON text: left to itself, datasets.Json takes the text "4" for the number.
                 encoded = {key: json.dumps(row[key]) for key in json_columns if key in row}
                 yield row | encoded
+    if digest != f"{VERSION}-{_digest(list(map(Path, paths)))}":
+        raise ValueError("a file changed while it was read; start again once it is whole")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -116,6 +124,9 @@ def _json_features(paths: list[Path]) -> datasets.Features:
                 kinds.setdefault(key, set()).add(type(value))
     if not kinds:
         raise ValueError(f"{paths[0]} has no rows; expected at least one object with named values")
+    nul = next((key for key in kinds if "\0" in key), None)
+    if nul is not None:  # at which Arrow would cut the name
+        raise ValueError(f"{paths[0]}: the key {brief(nul)} has a NUL character; rename the key")
     return datasets.Features({key: _feature(found) for key, found in kinds.items()})
 
 
@@ -128,16 +139,28 @@ def _feature(kinds: set[type]) -> Any:
 
 
 def _parquet_features(paths: list[Path]) -> datasets.Features:
-    schemas = []
+    schemas, num_rows = [], 0
     for path in paths:
-        with readable(path):
-            schemas.append(pq.ParquetFile(_seekable(path)).schema_arrow.remove_metadata())
+        with readable(path), _parquet(path) as file:
+            schemas.append(file.schema_arrow.remove_metadata())
+            num_rows += file.metadata.num_rows
+        twice = [name for name in schemas[-1].names if schemas[-1].names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{path} has the column {brief(twice[0])} twice; remove one of them")
+    if num_rows == 0:
+        raise ValueError(f"{paths[0]} has no rows; expected at least one")
     try:
         return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas))
     except pa.ArrowException as error:
         raise ValueError(
-            f"{paths[0].parent}: the parquet files differ in columns ({error})"
+            f"{paths[0].parent}: the parquet files differ in columns ({one_line(error)})"
         ) from error
+    except ValueError as error:  # a type that datasets does not know
+        raise ValueError(f"{paths[0]} cannot be read: {one_line(error)}") from error
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(_seekable(path), page_checksum_verification=True)
 
 
 def file_format(path: Path) -> str | None:
@@ -165,7 +188,7 @@ def _first_character(stream: BinaryIO) -> bytes:
 def _digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as stream:
+        with readable(path), open(path, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 

@@ -48,7 +48,8 @@ def load_hub_dataset(
 
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text[:500] or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:500])
+    return text or type(error).__name__
 
 
 def _is_cached(name: str) -> bool:

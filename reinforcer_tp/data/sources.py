@@ -37,7 +37,7 @@ def load_rows(source: Source) -> datasets.Dataset:
 
     ValueError naming file (and line) where it is missing, broken, of an unknown format or empty.
     """
-    path = Path(source.path).expanduser()
+    path = home_path(source.path)
     with readable(path):
         if path.is_dir():
             rows = _load_folder(path, source)
@@ -51,6 +51,14 @@ def load_rows(source: Source) -> datasets.Dataset:
     if len(rows) == 0:
         raise ValueError(f"{source} has no rows; expected at least one")
     return rows
+
+
+def home_path(name: str) -> Path:
+    """`name` with its ~ resolved, or as it is where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def _load_file(path: Path, source: Source) -> datasets.Dataset:

@@ -6,9 +6,11 @@ Megatron's `parallel_state` is read here and nowhere else.
 import datetime
 import math
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -93,6 +95,8 @@ def init_topology(
         virtual_pipeline_model_parallel_size=vpp_size if vpp_size > 1 else None,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
     tp_group = parallel_state.get_tensor_model_parallel_group()

@@ -28,11 +28,13 @@ from reinforcer_tp.reference.store import (
     read_folder,
     reference_folders,
 )
+from reinforcer_tp.secrecy import RedactingParser, make_files_private, redact
 
 _EXIT_DIFFERS, _EXIT_DATA, _EXIT_CONFIG, _EXIT_INTERRUPTED = 1, 65, 78, 130
 
 
 def main(argv: list[str]) -> int:
+    make_files_private()
     arguments = parse_arguments(argv)
     try:
         return arguments.command(arguments)
@@ -40,12 +42,12 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except (ValueError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return _EXIT_CONFIG if isinstance(error, ConfigError) else _EXIT_DATA
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = RedactingParser(
         prog="python -m reinforcer_tp.reference",
         description="Looks after a store of reference log-probs (reference.store_dir).",
     )

@@ -38,6 +38,7 @@ from reinforcer_tp.reference.shards import (
     shard_paths,
     write_shard,
 )
+from reinforcer_tp.untrusted import CONFIG_BYTES, strict_json
 from reinforcer_tp.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -199,12 +200,13 @@ def read_description(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not path.exists():
         raise ValueError(f"{path} is missing; a run that uses this reference writes it again")
-    with disk_errors(f"reading {path}"):
-        content = path.read_bytes()
+    with disk_errors(f"reading {path}"), open(path, "rb") as file:
+        content = file.read(CONFIG_BYTES + 1)
     try:
-        read = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it, the shards stay") from error
+        read = strict_json(content)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{path} is not JSON ({reason}); delete it, the shards stay") from error
     names = ("digest", "numerics", "model")
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         found = read.get("format") if isinstance(read, dict) else type(read).__name__

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reinforcer_tp.config import ConfigError
+from reinforcer_tp.secrecy import RedactingParser, make_files_private, redact
 from reinforcer_tp.selftest.batch import Case, fit, of_configuration, own_making
 from reinforcer_tp.selftest.compare import BOUNDS, Deviation, Measured, compare, relative
 from reinforcer_tp.selftest.layouts import Layout, choose, free_memory, layouts, tied_layouts
@@ -53,6 +54,7 @@ class Row:
 
 
 def main(argv: list[str]) -> int:
+    make_files_private()
     arguments = parse_arguments(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody imports torch
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -66,13 +68,13 @@ def main(argv: list[str]) -> int:
         is_config = isinstance(error, ConfigError)
         if not is_config and "REINFORCER_TP_TRACEBACK" in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return _EXIT_CONFIG if is_config else _EXIT_DATA
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     known = [*layouts(8, np.ones((1, 3))), *tied_layouts(8)]
-    parser = argparse.ArgumentParser(
+    parser = RedactingParser(
         prog="python -m reinforcer_tp.selftest",
         description="Runs one global batch on the CPU, in float32, in every layout that this "
         "machine can hold, and compares loss, gradients and log-probs with those of one process.",

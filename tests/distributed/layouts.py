@@ -244,38 +244,42 @@ def whole(tensors) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in dict(tensors).items() if t is not None}
 
 
-def round_trip(folder: str, directory: Path) -> dict:
-    """dp=2 x pp=2 x vpp=2: three plain steps; the same sharded, overlapped and interrupted."""
+def steps_of(config, parts, count: int) -> dict[str, torch.Tensor]:
+    """Trains `count` steps; the whole weights afterwards."""
     from reinforcer_tp.loop import loss_function
-    from reinforcer_tp.mcore.checkpoint import CheckpointWriter
     from reinforcer_tp.mcore.optim import gather_weights, optimizer_step, zero_grad
-    from reinforcer_tp.mcore.restore import load_checkpoint
     from reinforcer_tp.mcore.schedule import forward_backward
     from reinforcer_tp.mcore.weights import full_tensors
 
-    def steps(parts, count: int) -> dict[str, torch.Tensor]:
-        topology, model, training, stage = parts
-        for _ in range(count):
-            zero_grad(training)
-            stage = replace(stage, modules=training.ddp)
-            forward_backward(stage, make_batches(topology), loss_function(config))
-            optimizer_step(training)
-        gather_weights(training)
-        return whole(full_tensors(model, topology))
+    topology, model, training, stage = parts
+    for _ in range(count):
+        zero_grad(training)
+        stage = replace(stage, modules=training.ddp)
+        forward_backward(stage, make_batches(topology), loss_function(config))
+        optimizer_step(training)
+    gather_weights(training)
+    return whole(full_tensors(model, topology))
+
+
+def round_trip(folder: str, directory: Path) -> dict:
+    """dp=2 x pp=2 x vpp=2: three plain steps; the same sharded, overlapped and interrupted."""
+    from reinforcer_tp.mcore.checkpoint import CheckpointWriter
+    from reinforcer_tp.mcore.restore import load_checkpoint
+    from reinforcer_tp.mcore.weights import full_tensors
 
     config = config_of(1, 2, VIRTUAL)
-    expected = steps(build(config, folder), 3)
+    expected = steps_of(config, build(config, folder), 3)
 
     config = config_of(1, 2, VIRTUAL, sharded=True)
     parts = build(config, folder)
     topology, model, training, _ = parts
     assert training.ddp[0].ddp_config.overlap_param_gather
-    steps(parts, 2)
+    steps_of(config, parts, 2)
     writer = CheckpointWriter(directory, topology, described={"layout": topology.layout()})
     writer.save(2, model, training, state={}, metrics={})
     saved = directory / "step_2"
     at_save = whole(full_tensors(model, topology)), optimizer_tensors(training)
-    uninterrupted = steps(parts, 1)
+    uninterrupted = steps_of(config, parts, 1)
 
     parts = build(config, folder)
     topology, model, training, _ = parts
@@ -285,7 +289,7 @@ def round_trip(folder: str, directory: Path) -> dict:
         "uninterrupted": uninterrupted,
         "at_save": at_save,
         "at_load": (whole(full_tensors(model, topology)), optimizer_tensors(training)),
-        "resumed": steps(parts, 1),
+        "resumed": steps_of(config, parts, 1),
     }
 
 

@@ -51,7 +51,7 @@ def open_run(name: str, folder: str, **dpo):
     )
     keys = {"first_step_check": "off"} | dpo
     config = replace(config, policy=policy, dpo=replace(config.dpo, **keys))
-    topology, _, training, stage = build(config, folder)
+    _, _, training, stage = build(config, folder)
     pairs = make_set()
     unused = {each.name: None for each in fields(Run) if each.default_factory is MISSING}
     used = {
@@ -60,7 +60,7 @@ def open_run(name: str, folder: str, **dpo):
         "training": training,
         "train_set": PairSet(pairs=pairs, reference=lambda i: made_up_reference(pairs, i)),
         "progress": Messages(),
-        "stops": SimpleNamespace(phase=lambda name: None),
+        "stops": SimpleNamespace(phase=lambda name: None, tick=lambda: None),
         "sweep_s": 0.0,
         "sweep_tokens": 0,
         "starts_at_reference": False,

@@ -55,10 +55,6 @@ def _alone(model: str) -> SimpleNamespace:
     run = open_run("one", model, first_step_check="error", **SKIP)
     found.gate = [try_step(run, step, nan if step == 1 else None)[0] for step in (1, 2, 3)]
 
-    # Gradients that are finite, each, and overflow together.
-    run = open_run("one", model)
-    for _, _, parameter in _last_norm(run):
-        parameter.main_grad.fill_(0)
     found.float16 = _float16(open_run("float16", model, **SKIP), nan)
     run = open_run("one", model, **SKIP)
     next(iter(_last_norm(run)))[2].data[5] = float("nan")
@@ -85,7 +81,7 @@ def _float16(run, nan: str) -> SimpleNamespace:
     found.overflow = try_step(run, 2, "nonfinite.gradient:inf=3")
     found.changed = [name for name, value in state(run).items() if value != before[name]]
     found.scales.append(float(scale()))
-    run.training.optimizer.grad_scaler._scale.fill_(1.0)
+    run.training.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(1.0)
     found.smallest = try_step(run, 3, "nonfinite.gradient:inf=3")[0]
     return found
 
@@ -145,7 +141,7 @@ def test_the_counts_survive_a_checkpoint():
     assert "2 in a row (at most 2: dpo.max_nonfinite_steps), 6 in all" in skips.skip(trouble, dpo)
     with pytest.raises(NonFiniteError, match="step 9: the loss is not finite"):
         SkippedSteps.from_json(skips.to_json()).skip(trouble, dpo)
-    with pytest.raises(NonFiniteError, match="dpo.on_nonfinite=skip goes on without"):
+    with pytest.raises(NonFiniteError, match=r"dpo\.on_nonfinite=skip goes on without"):
         SkippedSteps().skip(trouble, DPOConfig())
 
 
@@ -202,15 +198,32 @@ def test_what_does_not_come_again_is_the_hardwares(pairs_of_ranks, name, suspect
     assert text == "" and metrics["train/grad_norm"] > 0
 
 
-def test_gradients_that_overflow_only_together_are_no_hardwares_fault():
+def glance(rank: int, *, chunk: int = -1, num_bad: int = 0, norm: float = 1.0):
     from reinforcer_tp.mcore.gradients import Glance
+
+    return Glance(rank=rank, chunk=chunk, num_bad=num_bad, num=9, norm=norm, first_bad="a")
+
+
+def test_backward_begins_at_the_last_chunk_and_where_most_is_bad():
     from reinforcer_tp.nonfinite import _origin
 
-    glances = [
-        Glance(rank=rank, chunk=chunk, num_bad=bad, num=9, norm=1.0, first_bad="a")
-        for rank, chunk, bad in [(0, 0, 9), (1, 0, 9), (2, 1, 3), (3, 1, 5)]
-    ]
+    bad = [(0, 9), (0, 9), (1, 3), (1, 5)]
+    glances = [glance(r, chunk=chunk, num_bad=n) for r, (chunk, n) in enumerate(bad)]
     assert _origin(glances) == [glances[3]]
+
+
+def test_gradients_that_overflow_only_together_are_no_hardwares_fault():
+    from reinforcer_tp.nonfinite import _no_place
+
+    before = [(glance(rank), None) for rank in range(2)]
+    small, large = 1.0, 8e18
+    alone = [[(i, (i,), glance(r, norm=[small, large][r * i])) for i in (0, 1)] for r in (0, 1)]
+    text = _no_place(before, alone)
+    assert "overflows; the largest gradient, of norm 8.0e+18, is that of rank 1, micro-batch 1" in (
+        text
+    )
+    alone = [[(0, (0,), glance(r))] for r in (0, 1)]
+    assert "the hardware of some rank is suspect" in _no_place(before, alone)
 
 
 def test_the_watch_passes_over_skipped_steps():

@@ -29,10 +29,6 @@ LONG = (
     "checkpointing.save_period=1",
     "checkpointing.keep_top_k=null",
 )
-    f"dpo.max_num_steps={STOPS}",
-    "checkpointing.save_period=1",
-    "checkpointing.keep_top_k=null",
-)
 
 
 def run(budget: float, seed: int, folder: Path) -> Figures:
@@ -51,7 +47,7 @@ def run(budget: float, seed: int, folder: Path) -> Figures:
         except RuntimeError as error:
             failures.append(f"{layout}: {error}")
             continue
-        compare_all(folder / f"straight_{layout}_1", stopped, layout, counts, failures)
+        compare_all(folder / f"straight_{layout}_{STOPS}_1", stopped, layout, counts, failures)
     counts |= reshards.run(budget, seed, folder / "reshards", failures)
     title = "a resumed run is the uninterrupted one; any layout to any"
     return Figures(goal="G5", title=title, counts=counts, failures=failures)

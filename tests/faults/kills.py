@@ -15,7 +15,6 @@ from reinforcer_tp.faultpoints import FAULT_POINTS
 from tests.faults.figures import Figures
 from tests.faults.runs import (
     PERIOD,
-    STEPS,
     WHO,
     Finished,
     Live,
@@ -34,33 +33,16 @@ KILL_LAYOUTS = ("dp2", "tp2", "pp2")
 RANDOM_KILLS, KILLS_A_RUN = 1000, 5
 ENDS_S = 20.0  # the others of a killed rank are gone after this
 FINISHES_S = 120.0
-# In this order one run can be killed at all of them: it gets a little further each time.
-ORDER = {  # point -> condition
-    "step.begin": "",
-    "step.compute": "step=2",
-    "step.optimizer.before": "step=1",
-    "step.optimizer.after": "step=3",
-    "step.end": "step=2",
-    "ckpt.begin": "step=3",
-    "ckpt.folder": "",
-    "ckpt.shard.open": "",
-    "ckpt.shard.mid": "",
-    "ckpt.shard.close": "",
-    "ckpt.state": "",
-    "ckpt.manifest.open": "",
-    "ckpt.manifest.mid": "",
-    "ckpt.manifest.close": "",
-    "ckpt.rename.before": "",
-    "ckpt.rename.after": "step=3",
-    "load.begin": "",
-    "load.shard": "",
-    "load.end": "",
-    "validation": "step=6",
-    "ckpt.prune.rename": "step=6",
-    "ckpt.prune.delete": "step=9",
-    "export.folder": "",
-    "export.rename": "",
-}
+# A run that is killed at all of them in turn. Some finish a checkpoint, so it gets further; where
+# rank 1 is killed, rank 0 may finish what it was held in. Hence many steps.
+POINT_RUN = ("dpo.max_num_steps=60",)
+ORDER = (
+    *("step.begin", "step.compute", "step.optimizer.before", "step.optimizer.after", "step.end"),
+    *("ckpt.begin", "ckpt.folder", "ckpt.shard.open", "ckpt.shard.mid", "ckpt.shard.close"),
+    *("ckpt.state", "ckpt.manifest.open", "ckpt.manifest.mid", "ckpt.manifest.close"),
+    *("ckpt.rename.before", "ckpt.rename.after", "load.begin", "load.shard", "load.end"),
+    *("validation", "ckpt.prune.rename", "ckpt.prune.delete", "export.folder", "export.rename"),
+)
 # Only rank 0 passes these: it is held there while the other is killed.
 OF_RANK_ZERO = {
     "ckpt.begin",
@@ -111,14 +93,18 @@ def run(budget: float, seed: int, folder: Path) -> Figures:
     """Budget 1.0: 1,000 random kills and every point; always every point at least once."""
     source, ledger = random.Random(seed), Ledger()
     toy = make_toy(folder)
-    want = {layout: straight(toy, layout) for layout in KILL_LAYOUTS}
-    for number, chain in enumerate(point_chains(budget, source)):
+    chains = point_chains(budget, source)
+    layouts = {chain[0].layout for chain in chains}
+    want = {layout: straight(toy, layout, *POINT_RUN) for layout in layouts}
+    for number, chain in enumerate(chains):
         kill_at_points(toy, want, folder / f"points_{number}", chain, ledger)
     wanted = max(6, round(RANDOM_KILLS * budget))
+    layouts = source.sample(KILL_LAYOUTS, 1 if budget < 0.05 else len(KILL_LAYOUTS))
+    want = {layout: straight(toy, layout) for layout in layouts}
     for number in itertools.count():
         if ledger.kills - len(ledger.points) >= wanted or len(ledger.failures) > 20:
             break
-        layout = KILL_LAYOUTS[number % len(KILL_LAYOUTS)]
+        layout = layouts[number % len(layouts)]
         left = wanted - (ledger.kills - len(ledger.points))
         log_dir = folder / f"random_{number}"
         kill_at_random(toy, layout, want[layout], log_dir, source, min(left, KILLS_A_RUN), ledger)
@@ -163,21 +149,21 @@ def kill_at_points(
     layout = chain[0].layout
     for case in chain:
         name = f"{case.point} {case.layout} {case.who}"
-        with Live(toy, layout, log_dir, faults=armed(case)) as live:
+        with Live(toy, layout, log_dir, *POINT_RUN, faults=armed(case)) as live:
             if not killed_there(live, case):
                 ledger.fail(name, f"not reached: exit {live.wait(0)}; {live.describe()}")
                 return
             ledger.kills += 1
             ledger.points.add(case)
             newest = aftermath(live, name, newest, ledger)
-    finish(toy, layout, log_dir, want[layout], f"points {layout} {log_dir.name}", newest, ledger)
+    name = f"{log_dir.name} {layout}"
+    finish(toy, layout, log_dir, want[layout], name, newest, ledger, *POINT_RUN)
 
 
 def armed(case: Case) -> str:
     """What stops the ranks at the point; the runner kills them there."""
     ranks = (0,) if case.point in OF_RANK_ZERO else WHO[case.who]
-    conditions = ",".join(filter(None, ["rank={}", ORDER[case.point]]))
-    return ";".join(f"{case.point}@{conditions.format(rank)},hit=1:stop" for rank in ranks)
+    return ";".join(f"{case.point}@rank={rank},hit=1:stop" for rank in ranks)
 
 
 def killed_there(live: Live, case: Case) -> bool:
@@ -211,7 +197,9 @@ def kill_at_random(
         who, instant_s = source.choice(list(WHO)), source.uniform(0, want.seconds)
         name = f"{log_dir.name} {layout} {who} after {instant_s:.2f} s"
         with Live(toy, layout, log_dir, *extra) as live:
-            if live.wait(instant_s) is not None:
+            if live.wait(instant_s) is not None:  # it was done sooner
+                resumed_where(live, name, newest, ledger)
+                newest = max(checkpoints(log_dir), default=None)
                 break
             pids = live.ranks()
             if len(pids) < live.nproc:
@@ -275,7 +263,7 @@ def finish(
         if status != 0:
             ledger.fail(name, f"the last run ended with {status}: {live.describe()}")
             return
-        if live.start_step() is None and newest not in (None, STEPS):
+        if live.start_step() is None and newest not in (None, max(want.numbers)):
             ledger.fail(name, f"did not go on from step {newest}")
         resumed_where(live, name, newest, ledger)
     ledger.finished += 1

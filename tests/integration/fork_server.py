@@ -29,6 +29,7 @@ INTEGER = struct.Struct("i")
 MARK = "REINFORCER_TP_TEST_RUN"  # in the environment of every process of a run
 LARGEST_MESSAGE = 1 << 20  # bytes
 QUICK_EXIT = "REINFORCER_TP_TEST_QUICK_EXIT"  # when set, an ended run does not tidy up its modules
+CODES = "REINFORCER_TP_TEST_CODES"  # names a file that gets a line "rank exit-code" for each end
 LAZY = (  # what is imported only when it is asked for
     "transformers.models.auto",
     "transformers.models.llama.configuration_llama",
@@ -115,10 +116,13 @@ def exit_status(run: dict, running: set[int]) -> int:
     store = TCPStore(
         where["MASTER_ADDR"], int(where["MASTER_PORT"]), is_master=True, wait_for_workers=False
     )
-    failed = 0
+    failed, ranks = 0, {pid: rank for rank, pid in enumerate(sorted(running))}
     while running:
         pid, status = os.wait()
         running.discard(pid)
+        if CODES in where:
+            with open(where[CODES], "a") as file:
+                file.write(f"{ranks[pid]} {os.waitstatus_to_exitcode(status)}\n")
         if status != 0 and not failed:
             failed = 1
             terminate(running)

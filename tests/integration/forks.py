@@ -15,13 +15,13 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from tests.integration.fork_server import INTEGER, MARK, QUICK_EXIT
+from tests.integration.fork_server import CODES, INTEGER, MARK, QUICK_EXIT
 
 FOLDER = Path(__file__).resolve().parent
 TRAIN = FOLDER.parents[1] / "reinforcer_tp" / "train.py"
 START_S = 120.0  # the first run waits for the server's imports
 # No import of ours reads these.
-MAY_DIFFER = {"PYTHONPATH", "PYTEST_CURRENT_TEST", "REINFORCER_TP_FAULTS", QUICK_EXIT, MARK}
+MAY_DIFFER = {"PYTHONPATH", "PYTEST_CURRENT_TEST", "REINFORCER_TP_FAULTS", CODES, QUICK_EXIT, MARK}
 
 _server: "Server | None" = None
 _lock = threading.Lock()

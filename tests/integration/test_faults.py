@@ -29,7 +29,7 @@ def start(config: OracleConfig, tmp_path, *extra: str) -> tuple[RunResult, list[
     result = run_train(overrides, log_dir=tmp_path / "run", nproc=2, fork=True)
     assert result.returncode != 0, result.describe()
     assert "Traceback" not in result.stderr, result.describe()
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error[70]: ")]
     assert errors, result.describe()
     return result, errors
 

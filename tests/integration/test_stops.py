@@ -1,4 +1,4 @@
-"""Signals, the stop file and the deadline: one checkpoint, exit code 75, exit.json; then resumed."""
+"""Signals, the stop file, the deadline: one checkpoint, exit code 75, exit.json; then resumed."""
 
 import json
 import os
@@ -41,11 +41,6 @@ def steps(log_dir: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-def ranks_of(log_dir: Path) -> list[int]:
-    """Processes of this run, without the one that started them: each writes its pid below."""
-    return [int(path.read_text()) for path in sorted(log_dir.parent.glob("pid*"))]
-
-
 class Signals:
     """For `kill_when`: sends signals to ranks once the run has logged `after` steps."""
 
@@ -53,8 +48,7 @@ class Signals:
         self.log_dir, self.number, self.after, self.is_sent = log_dir, number, after, False
 
     def __call__(self) -> bool:
-        heartbeat = self.log_dir / "attempts" / "0001" / "attempt.json"
-        if not self.is_sent and heartbeat.exists() and steps(self.log_dir) >= self.after:
+        if not self.is_sent and steps(self.log_dir) >= self.after:
             self.send()
             self.is_sent = True
         return False
@@ -63,7 +57,7 @@ class Signals:
         if self.number == 0:
             (self.log_dir / "stop").touch()
             return
-        [rank_0] = [p for p in pids_writing(self.log_dir / "metrics.jsonl")]
+        [rank_0] = pids_writing(self.log_dir / "metrics.jsonl")
         os.kill(rank_0, self.number)
 
 

@@ -20,7 +20,13 @@ ALLOWED = {
         "reinforcer_tp.loss",
         "reinforcer_tp.mcore",
     ),
-    "reinforcer_tp/data": ("reinforcer_tp.config_check", "reinforcer_tp.embedded"),
+    "reinforcer_tp/data": (
+        "reinforcer_tp.config_check",
+        "reinforcer_tp.embedded",
+        "reinforcer_tp.untrusted",
+    ),
+    "reinforcer_tp/secrecy.py": (),
+    "reinforcer_tp/untrusted.py": (),
     "reinforcer_tp/metrics.py": (
         "reinforcer_tp.config",
         "reinforcer_tp.environment",
@@ -33,6 +39,7 @@ ALLOWED = {
         "reinforcer_tp.data.packed_batch",
         "reinforcer_tp.faultpoints",
         "reinforcer_tp.pipeline_layout",
+        "reinforcer_tp.untrusted",
     ),
     "reinforcer_tp/reference": (
         "reinforcer_tp.config",
@@ -42,6 +49,8 @@ ALLOWED = {
         "reinforcer_tp.hf_files",
         "reinforcer_tp.mcore",
         "reinforcer_tp.nonfinite",
+        "reinforcer_tp.untrusted",
+        "reinforcer_tp.secrecy",
     ),
     "reinforcer_tp/loop.py": (
         "reinforcer_tp.batches",
@@ -59,6 +68,7 @@ ALLOWED = {
         "reinforcer_tp.throughput",
     ),
     "reinforcer_tp/nonfinite.py": (
+        "reinforcer_tp.config_check",
         "reinforcer_tp.data",
         "reinforcer_tp.loss",
         "reinforcer_tp.mcore",

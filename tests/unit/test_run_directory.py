@@ -1,16 +1,8 @@
-"""Who may write into a run directory, and which checkpoints stay."""
-
-import json
+"""Who may write into a run directory."""
 
 import pytest
 
 from reinforcer_tp.config import ConfigError, load_config
-from reinforcer_tp.mcore.checkpoint import (
-    check_resumable,
-    list_checkpoints,
-    prune_checkpoints,
-    read_state,
-)
 from reinforcer_tp.run_directory import (
     check_run_directory,
     finished_steps,
@@ -75,63 +67,29 @@ def test_finished_is_remembered(tmp_path):
     assert finished_steps(config) == 12
 
 
-def make_checkpoint(directory, step, metrics):
-    folder = directory / f"step_{step}"
-    folder.mkdir(parents=True)
-    layout = {
-        "world_size": 2,
-        "tensor_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 1,
-        "data_parallel_size": 1,
-    }
-    state = {"format": 1, "step": step, "metrics": metrics, "layout": layout}
-    state |= {"fingerprint": "f", "data_fingerprint": "d"}
-    (folder / "state.json").write_text(json.dumps(state))
+def test_what_a_killed_start_leaves_is_no_run(tmp_path):
+    (tmp_path / ".tmp-host-12-0123456789abcdef").write_text("half")
+    (tmp_path / "attempts").mkdir()
+    assert check_run_directory(config_for(tmp_path)) is False
 
 
-@pytest.mark.parametrize(
-    ("keep", "higher_is_better", "kept"),
-    [(2, False, {20, 30, 50}), (2, True, {10, 40, 50}), (1, False, {30, 50}), (None, False, None)],
-)
-def test_the_best_and_the_newest_checkpoint_stay(tmp_path, keep, higher_is_better, kept):
-    values = {10: 0.9, 20: 0.3, 30: 0.1, 40: 0.5}
-    for step, value in values.items():
-        make_checkpoint(tmp_path, step, {"validation/loss": value})
-    make_checkpoint(tmp_path, 50, {})  # the metric is missing: worst, but newest
-    (tmp_path / "step_60.partial").mkdir()
-    prune_checkpoints(tmp_path, keep, "validation/loss", higher_is_better)
-    assert set(list_checkpoints(tmp_path)) == (kept or {10, 20, 30, 40, 50})
+def test_a_torn_end_is_an_error_that_names_the_file(tmp_path):
+    write_run(tmp_path)
+    for text in ('{"steps": 1', '{"steps": "9"}', "[]"):
+        (tmp_path / "finished.json").write_text(text)
+        with pytest.raises(ValueError, match=r"finished\.json"):
+            finished_steps(config_for(tmp_path))
 
 
-def test_without_a_metric_the_newest_stay(tmp_path):
-    for step in (5, 10, 15, 100):
-        make_checkpoint(tmp_path, step, {})
-    prune_checkpoints(tmp_path, 2, None, False)
-    assert list(list_checkpoints(tmp_path)) == [15, 100]
-
-
-def test_a_torn_or_foreign_state_is_refused(tmp_path):
-    make_checkpoint(tmp_path, 1, {})
-    (tmp_path / "step_1" / "state.json").write_text('{"format": 1, "st')
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_state(tmp_path / "step_1")
-    (tmp_path / "step_1" / "state.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="format 99"):
-        read_state(tmp_path / "step_1")
-
-
-def test_what_cannot_be_resumed_is_refused_by_name(tmp_path):
-    make_checkpoint(tmp_path, 1, {})
-    state = read_state(tmp_path / "step_1")
-    here = {"fingerprint": "f", "data_fingerprint": "d", "layout": state["layout"]}
-    check_resumable(tmp_path, state, **here)
-    for change, says in (
-        ({"fingerprint": "g"}, "another configuration"),
-        ({"data_fingerprint": "e"}, "data has changed"),
-        (
-            {"layout": state["layout"] | {"tensor_model_parallel_size": 1}},
-            "tensor_model_parallel_size=2 there, 1 here",
-        ),
-    ):
-        with pytest.raises(ValueError, match=says):
-            check_resumable(tmp_path, state, **(here | change))
+def test_changes_that_are_allowed_by_name(tmp_path):
+    write_run(tmp_path)
+    changes = ["dpo.seed=7", "policy.train_global_batch_size=4"]
+    with pytest.raises(ConfigError, match=r"allow_changed=\[.*dpo\.seed"):
+        check_run_directory(config_for(tmp_path, *changes))
+    with pytest.raises(ConfigError, match="train_global_batch_size") as refusal:
+        check_run_directory(
+            config_for(tmp_path, *changes, "checkpointing.allow_changed=[dpo.seed]")
+        )
+    assert "seed" not in str(refusal.value)
+    allowed = "checkpointing.allow_changed=[dpo.seed,policy.train_global_batch_size]"
+    assert check_run_directory(config_for(tmp_path, *changes, allowed))
