@@ -296,7 +296,6 @@ def evaluate(run: Run, *, step: int) -> dict[str, float]:
     totals = dict.fromkeys(SUMS, 0.0)
     for rows in validation_batches(run.config, len(run.validation_set.pairs)):
         part = _with_reference(run, _cut(run, run.validation_set, rows, is_validation=True))
-        run.stops.tick()
         reports = forward_backward(run.stage, part.batches, loss, forward_only=True)
         for name, value in local_sums(reports).items():
             totals[name] += value

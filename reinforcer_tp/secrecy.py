@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import NoReturn
 from urllib.parse import quote, quote_plus
 
@@ -29,11 +30,26 @@ _FORMS = re.compile(
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with *** for values of secret-looking environment variables and for credentials."""
-    for value in _secret_values(os.environ if environment is None else environment):
+    values = _secret_values(os.environ if environment is None else environment)
+    for value in values:
         text = text.replace(value, HIDDEN)
+    for value in values:
+        text = _without_part(text, value)
     text = _USERINFO.sub(rf"\g<1>{HIDDEN}@", text)
     text = _QUERY.sub(rf"\g<1>{HIDDEN}", text)
     return _FORMS.sub(HIDDEN, text)
+
+
+def _without_part(text: str, secret: str) -> str:
+    """Without what is left of it where a message was cut, from its first half on."""
+    start = secret[: max(MIN_LENGTH, len(secret) // 2)]
+    position = text.find(start)
+    while position >= 0:
+        pairs = zip(text[position:], secret, strict=False)
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        text = text[:position] + HIDDEN + text[position + length :]
+        position = text.find(start, position + len(HIDDEN))
+    return text
 
 
 def holds_secret(text: str, environment: Mapping[str, str] | None = None) -> bool:

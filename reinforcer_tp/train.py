@@ -201,11 +201,14 @@ def run(config: Config, inputs: Inputs, stops: Stops) -> None:
             folder = inputs.resumed.folder
             restored = load_checkpoint(folder, stage.model, training, topology, is_verified=True)
             progress.message(f"resumed {folder}: {start_step} of {total_steps} steps")
+        resident = references.resident
+        if resident is not None:
+            resident = dataclasses.replace(resident, tick=stops.tick)
         loop_state = Run(
             config=config,
             stops=stops,
-            stage=dataclasses.replace(stage, modules=training.ddp),
-            reference_stage=references.resident,
+            stage=dataclasses.replace(stage, modules=training.ddp, tick=stops.tick),
+            reference_stage=resident,
             training=training,
             train_set=references.train_set,
             validation_set=references.validation_set,

@@ -47,6 +47,7 @@ class Stage:
     topology: Topology
     kernel_impl: str
     kernel_cache_bytes: int = 0  # of the head's forward, kept for backward; 0 = recompute
+    tick: Callable[[], None] = lambda: None  # called before each micro-batch: the run moves
 
 
 def open_stage(model: PolicyModel, policy: Any, topology: Topology) -> Stage:
@@ -199,6 +200,7 @@ def _run(
 def _prepared(stage: Stage, batches: Sequence[PackedBatch]) -> Iterator[tuple]:
     """(batch on the device, attention parameters, rows of the responses) of each micro-batch."""
     for host_batch in batches:
+        stage.tick()
         attention_params = stage.model.attention_params(host_batch)
         own_rows = None  # only the last stage looks at responses
         if stage.topology.is_last_stage:

@@ -35,7 +35,9 @@ def _override(key: str, value: str, *says: str) -> Broken:
 def _typo(random_: random.Random) -> Broken:
     key = random_.choice(LEAVES)
     place = random_.randrange(len(key.rpartition(".")[0]) + 1, len(key))
-    wrong = key[:place] + random_.choice(("", "zz", "\u0430", "\u200b", "-", "_")) + key[place + 1 :]
+    wrong = (
+        key[:place] + random_.choice(("", "zz", "\u0430", "\u200b", "-", "_")) + key[place + 1 :]
+    )
     if wrong in KEYS or wrong.endswith("."):
         return _typo(random_)
     return _override(wrong, "1", "unknown key", wrong if wrong.isprintable() else "\\u200b")
@@ -76,10 +78,18 @@ def _nested(key: str, value: str) -> bytes:
     return "\n".join([*model, *lines, ""]).encode()
 
 
+def _places(lines: list[str]) -> list[int]:
+    """Lines that give a key a value."""
+    found = ((i, line.strip()) for i, line in enumerate(lines))
+    return [i for i, line in found if ": " in line and not line.startswith("#")]
+
+
 def _twice(random_: random.Random) -> Broken:
     """One line of one of the project's files stands there twice."""
     lines = random_.choice(FILES).read_text().splitlines()
-    places = [i for i, line in enumerate(lines) if ": " in line and not line.lstrip().startswith("#")]
+    places = [
+        i for i, line in enumerate(lines) if ": " in line and not line.lstrip().startswith("#")
+    ]
     place = random_.choice(places)
     name = lines[place].partition(":")[0].strip()
     text = "\n".join([*lines[: place + 1], lines[place], *lines[place + 1 :]])
@@ -89,18 +99,23 @@ def _twice(random_: random.Random) -> Broken:
 def _cut(random_: random.Random) -> Broken:
     """One of the project's files with one of its lines spoiled."""
     lines = random_.choice(FILES).read_text().splitlines()
-    places = [i for i, line in enumerate(lines) if ": " in line and not line.lstrip().startswith("#")]
+    places = [
+        i for i, line in enumerate(lines) if ": " in line and not line.lstrip().startswith("#")
+    ]
     place = random_.choice(places)
-    spoiled = random_.choice(("{0}: {{", "{0}: [a", "{0}: 'a", '{0}: "\\q"', "{0}: *none", "\t{0}: 1"))
+    spoiled = random_.choice(
+        ("{0}: {{", "{0}: [a", "{0}: 'a", '{0}: "\\q"', "{0}: *none", "\t{0}: 1")
+    )
     lines[place] = spoiled.format(lines[place].partition(":")[0])
     return Broken("\n".join(lines).encode(), [], ("broken.yaml",))
 
 
 _TAGGED = (
     *("!!python/object/apply:os.system [id]", "!!python/name:os.system", "!!int abc", "!!float x"),
-    *("!!timestamp z", "!!bool maybe", "!!binary '%'", "!!set {a}", "!own x", "!!omap [a]", "!!map 1"),
-    *("!!python/object/new:os.system [id]", "!<tag:evil> 1", "!!seq a", "!!pairs [[a]]", "!!value x"),
-)
+    *("!!timestamp z", "!!bool maybe", "!!binary '%'", "!!set {a}", "!own x", "!!omap [a]"),
+    *("!!map 1", "!!python/object/new:os.system [id]", "!<tag:evil> 1", "!!seq a"),
+    *("!!pairs [[a]]", "!!value x"),
+)  # fmt: skip
 
 
 def _tag(random_: random.Random) -> Broken:
@@ -113,17 +128,20 @@ _BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 _CONTENTS = (
     *(b"", b"\n# nothing\n", b"- dpo\n", b"text", b"7", b"null", b"[]", b"dpo:\n", b"dpo: 7\n"),
-    *(b"\x00" * 64, bytes(range(256)), b"\xff\xfedpo", "dpo: {}".encode("utf-16"), b"\x7fELF\x02\x01"),
-    *(b"a: 1\n---\nb: 2\n", b"dpo: {seed: 1", b"dpo:\n\tseed: 1\n", b"dpo: {? [a] : 1}", b"{}: 1"),
-    *(b"dpo: &a\n  seed: *a\n", b"dpo: *b\n", b"<<: 7\n", b"<<: [1]\n", _BOMB.encode(), b"? a\n? a\n"),
-    *(b"dpo: " + b"[" * 5000 + b"]" * 5000, b"dpo: " + b"{a: " * 3000, b"- " * 3000 + b"a"),
-    *(b'dpo: {seed: "\\UFFFFFFFF"}', b'"\\ud800": 1', b'"a\\nb": 1', b"dpo: {seed: " + b"9" * 5000 + b"}"),
-    *(b'data: {prompt_key: "\\uDC80"}', b'"dpo\\e[31m": {seed: 1}', b"1: 2", b"true: 1", b"null: {}"),
-    *(b"dpo: {seed: 1.}", b"dpo: {seed: 0o17}", b"DPO: {seed: 1}", b"dpo.seed: 1", b"policy: []"),
-    *("d\u03c1o: {seed: 1}".encode(), "dpo: {s\u200beed: 1}".encode(), b"%YAML 9.9\n---\na: 1"),
-    *(b"policy: {tokenizer: {chat_template_kwargs: {7: 1}}}", b"dpo: {seed: 0x7f}", b"a" * 3_000_000),
-    *(b"policy: {tokenizer: {chat_template_kwargs: {a: '${oc.env:HOME}'}}}", b"PK\x03\x04", b"<a/>"),
-    *(b"policy: {tokenizer: {chat_template_kwargs: {a: '???'}}}", b"{", b"]", b"'", b"&a", b"*a", b"!!"),
+    *(b"\x00" * 64, bytes(range(256)), b"\xff\xfedpo", "dpo: {}".encode("utf-16")),
+    *(b"\x7fELF\x02\x01", b"a: 1\n---\nb: 2\n", b"dpo: {seed: 1", b"dpo:\n\tseed: 1\n"),
+    *(b"dpo: {? [a] : 1}", b"{}: 1", b"dpo: &a\n  seed: *a\n", b"dpo: *b\n", b"<<: 7\n"),
+    *(b"<<: [1]\n", _BOMB.encode(), b"? a\n? a\n", b"dpo: " + b"[" * 5000 + b"]" * 5000),
+    *(b"dpo: " + b"{a: " * 3000, b"- " * 3000 + b"a", b'dpo: {seed: "\\UFFFFFFFF"}'),
+    *(b'"\\ud800": 1', b'"a\\nb": 1', b"dpo: {seed: " + b"9" * 5000 + b"}"),
+    *(b'data: {prompt_key: "\\uDC80"}', b'"dpo\\e[31m": {seed: 1}', b"1: 2", b"true: 1"),
+    *(b"null: {}", b"dpo: {seed: 1.}", b"dpo: {seed: 0o17}", b"DPO: {seed: 1}", b"dpo.seed: 1"),
+    *(b"policy: []", "d\u03c1o: {seed: 1}".encode(), "dpo: {s\u200beed: 1}".encode()),
+    *(b"%YAML 9.9\n---\na: 1", b"policy: {tokenizer: {chat_template_kwargs: {7: 1}}}"),
+    *(b"dpo: {seed: 0x7f}", b"a" * 3_000_000),
+    *(b"policy: {tokenizer: {chat_template_kwargs: {a: '${oc.env:HOME}'}}}", b"PK\x03\x04"),
+    *(b"<a/>", b"policy: {tokenizer: {chat_template_kwargs: {a: '???'}}}", b"{", b"]", b"'"),
+    *(b"&a", b"*a", b"!!"),
 )  # fmt: skip
 
 
@@ -134,20 +152,25 @@ def _content(random_: random.Random) -> Broken:
 _OVERRIDES = (
     *("", "=", "=1", "dpo", "dpo.seed", "dpo.seed=", "+dpo.seed=1", "~dpo.seed", "++a=1", "-x=1"),
     *("dpo..seed=1", ".dpo.seed=1", "dpo.=1", ".=1", "..=1", "dpo.seed.x.y=1", "dpo=1", "dpo=[1]"),
-    *("dpo.seed=${dpo.seed}", "dpo.seed=${dpo.max_num_steps", "dpo.seed={", "dpo.seed=*a", "dpo.seed=!!int x"),
-    *("dpo.seed=\x00", "dpo.seed=\udcff", "dpo.s\udcffeed=1", "d\npo.seed=1", "dpo.seed=1\n2", "\x1b[2J=1"),
-    *("dpo.seed=" + "9" * 5000, "dpo.seed=" + "[" * 5000, "x" * 5000 + "=1", "dpo.seed=\u0663x", "DPO.seed=1"),
-    *("data.prompt_key=\udcff", "logger.log_dir=a\x00b", "dpo.seed=\U0001f600", "policy.model_name=' '"),
-    *("logger.log_dir=' '", "checkpointing.resume=' '", "cluster.hang_timeout_s=0", "dpo.seed=4294967296"),
-    *("policy.megatron_cfg.optimizer.lr=-1e-5", "policy.megatron_cfg.optimizer.lr=1e-5x", "dpo.ld_alpha=2"),
+    *("dpo.seed=${dpo.seed}", "dpo.seed=${dpo.max_num_steps", "dpo.seed={", "dpo.seed=*a"),
+    *("dpo.seed=!!int x", "dpo.seed=\x00", "dpo.seed=\udcff", "dpo.s\udcffeed=1", "d\npo.seed=1"),
+    *("dpo.seed=1\n2", "\x1b[2J=1", "dpo.seed=" + "9" * 5000, "dpo.seed=" + "[" * 5000),
+    *("x" * 5000 + "=1", "dpo.seed=\u0663x", "DPO.seed=1", "data.prompt_key=\udcff"),
+    *("logger.log_dir=a\x00b", "dpo.seed=\U0001f600", "policy.model_name=' '"),
+    *("logger.log_dir=' '", "checkpointing.resume=' '", "cluster.hang_timeout_s=0"),
+    *("dpo.seed=4294967296", "policy.megatron_cfg.optimizer.lr=-1e-5"),
+    *("policy.megatron_cfg.optimizer.lr=1e-5x", "dpo.ld_alpha=2"),
     *("policy.megatron_cfg.optimizer.adam_beta2=1.0", "policy.megatron_cfg.optimizer.adam_eps=0"),
-    *("dpo.label_smoothing=0.5", "dpo.label_smoothing=-0.1", "dpo.reference_policy_kl_penalty=-0.1"),
-    *("policy.train_global_batch_size=0", "policy.max_total_sequence_length=1", "data.num_workers=0"),
-    *("policy.micro_batch_tokens=2", "checkpointing.save_period=0", "checkpointing.keep_top_k=-1"),
+    *("dpo.label_smoothing=0.5", "dpo.label_smoothing=-0.1"),
+    *("dpo.reference_policy_kl_penalty=-0.1", "policy.train_global_batch_size=0"),
+    *("policy.max_total_sequence_length=1", "data.num_workers=0", "policy.micro_batch_tokens=2"),
+    *("checkpointing.save_period=0", "checkpointing.keep_top_k=-1"),
     *("checkpointing.checkpoint_must_save_by=3h", "checkpointing.checkpoint_must_save_by=1:2:3:4"),
-    *("dpo.preference_loss=[]", "dpo.preference_loss=[sigmoid,sigmoid]", "dpo.preference_loss=7", "dpo.preference_loss={a: 1}"),
-    *("policy.megatron_cfg.tensor_model_parallel_size=2", "cluster.num_nodes=2", "data.dataset_name=auto"),
-    *("policy.megatron_cfg.scheduler.lr_warmup_iters=-1", "dpo.loss_weights=[1,2]", "data.ties=maybe"),
+    *("dpo.preference_loss=[]", "dpo.preference_loss=[sigmoid,sigmoid]", "dpo.preference_loss=7"),
+    *("dpo.preference_loss={a: 1}", "policy.megatron_cfg.tensor_model_parallel_size=2"),
+    *("cluster.num_nodes=2", "data.dataset_name=auto"),
+    *("policy.megatron_cfg.scheduler.lr_warmup_iters=-1", "dpo.loss_weights=[1,2]"),
+    "data.ties=maybe",
 )  # fmt: skip
 
 

@@ -44,8 +44,16 @@ JSON = [
     Nasty("crlf.jsonl", 2 * LINE.replace(b"\n", b"\r\n"), 2),
     Nasty("blank_lines.jsonl", b"\n \t\n" + LINE + b"\n\x0c\n" + LINE, 2),
     Nasty("no_end.jsonl", LINE + LINE[:-1], 2),
-    Nasty("raw_2028.jsonl", LINE + '{"prompt": "\u2028", "chosen": "\x85a", "rejected": "b"}'.encode(), 2),
-    Nasty("every_plane.jsonl", _line(chosen="".join(chr(c) for c in range(1, 0x3000) if c < 0xD800)), 1),
+    Nasty(
+        "raw_2028.jsonl",
+        LINE + '{"prompt": "\u2028", "chosen": "\x85a", "rejected": "b"}'.encode(),
+        2,
+    ),
+    Nasty(
+        "every_plane.jsonl",
+        _line(chosen="".join(chr(c) for c in range(1, 0x3000) if c < 0xD800)),
+        1,
+    ),
     Nasty("nul.jsonl", LINE + _line(chosen="a\x00b\x1b[2J"), 2),
     Nasty("ten_megabytes.jsonl", LINE + _line(extra="x" * 10_000_000), 2),
     Nasty("ten_thousand_keys.jsonl", LINE + _line(**{f"k{i}": i for i in range(10_000)}), 2),
@@ -74,7 +82,9 @@ JSON = [
     Nasty("deep.jsonl", _with(b"[" * 10**5 + b"]" * 10**5), ("line 2", "nested more than 64 deep")),
     Nasty("deep_objects.jsonl", _with(b'{"a":' * 900 + b"1" + b"}" * 900), ("line 2", "64 deep")),
     Nasty("deep_open.jsonl", _with(b"[" * 10**5), ("line 2", "not valid JSON")),
-    Nasty("twice.jsonl", LINE + LINE[:-2] + b', "chosen": "b"}\n', ("line 2", "'chosen' occurs twice")),
+    Nasty(
+        "twice.jsonl", LINE + LINE[:-2] + b', "chosen": "b"}\n', ("line 2", "'chosen' occurs twice")
+    ),
     Nasty("twice_deep.jsonl", _with(b'{"a": {"b": 1, "b": 1}}'), ("line 2", "'b' occurs twice")),
     Nasty("half_character.jsonl", _line(chosen="\ud800"), ("line 1", "surrogate")),
     Nasty("half_key.jsonl", _with(b'{"\\uDFFF": 1}'), ("line 2", "surrogate")),
@@ -96,7 +106,9 @@ JSON = [
     Nasty("only_blanks.jsonl", b" \n\r\n\t\n", ("has no rows",)),
     Nasty("no_keys.jsonl", b"{}\n{}\n", ("has no rows",)),
     Nasty("html.jsonl", b"<!DOCTYPE html><html>404</html>", ("line 1", "not valid JSON")),
-    Nasty("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\n", ("line 1", "not valid JSON")),
+    Nasty(
+        "lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\n", ("line 1", "not valid JSON")
+    ),
     Nasty("csv.jsonl", b"prompt,chosen,rejected\na,b,c\n", ("line 1", "not valid JSON")),
     Nasty("rows.csv", b"prompt,chosen,rejected\na,b,c\n", ("expected files that end in",)),
     Nasty("ROWS.JSONL", LINE, ("expected files that end in",)),
@@ -108,7 +120,7 @@ JSON = [
     Nasty("flipped.jsonl.gz", gzip.compress(os.urandom(99))[:-8] + bytes(8), ("CRC",)),
     Nasty("tail.jsonl.gz", gzip.compress(LINE) + b"more", ("gzip",)),
     Nasty("empty.jsonl.gz", b"", ("has no rows",)),
-]  # fmt: skip
+]
 
 
 def _table(**columns: object) -> bytes:
@@ -148,17 +160,36 @@ PARQUET = [
     Nasty("json.parquet", LINE, ("cannot be read",)),
     Nasty("zip.parquet", b"PK\x03\x04" + bytes(60), ("cannot be read",)),
     Nasty("footer.parquet", b"PAR1" + b"\xff" * 200 + b"\xc8\x00\x00\x00PAR1", ("cannot be read",)),
-    Nasty("no_rows.parquet", _parquet(pa.table({"prompt": pa.array([], "string")})), ("has no rows",)),
+    Nasty(
+        "no_rows.parquet", _parquet(pa.table({"prompt": pa.array([], "string")})), ("has no rows",)
+    ),
     Nasty("cut.parquet.gz", gzip.compress(_table())[:-9], ("end-of-stream",)),
     Nasty("numbers.parquet", _table(chosen=[1, 2]), ("row 0", "chosen is int (1)")),
     Nasty("bytes.parquet", _table(chosen=pa.array([b"a", b"b"])), ("row 0", "chosen is bytes")),
     Nasty("null_side.parquet", _table(chosen=["yes", None]), ("row 1", "expected chosen")),
     Nasty("nan_weight.parquet", _table(weight=[1.0, float("nan")]), ("row 1", "weight=nan")),
-    Nasty("dated.parquet", _parquet(pa.table({"prompt": ["q", "q"], "chosen": _DATED, "rejected": _TIMED})), ("row 0", "datetime")),
+    Nasty(
+        "dated.parquet",
+        _parquet(pa.table({"prompt": ["q", "q"], "chosen": _DATED, "rejected": _TIMED})),
+        ("row 0", "datetime"),
+    ),
     Nasty("double.parquet", _parquet(_DOUBLE), ("chosen", "twice")),
-    Nasty("flipped.parquet", _flipped(_parquet(pa.table({k: [v] * 2 for k, v in ROW.items()}), use_dictionary=False, compression="none", write_page_checksum=True, write_statistics=False), b"yes"), ("CRC",)),
+    Nasty(
+        "flipped.parquet",
+        _flipped(
+            _parquet(
+                pa.table({k: [v] * 2 for k, v in ROW.items()}),
+                use_dictionary=False,
+                compression="none",
+                write_page_checksum=True,
+                write_statistics=False,
+            ),
+            b"yes",
+        ),
+        ("CRC",),
+    ),
     Nasty("interval.parquet", _table(x=pa.array([1, 2], pa.duration("s"))), 2),
-]  # fmt: skip
+]
 
 
 def _folder(**files: bytes) -> Callable[[Path], None]:
@@ -195,14 +226,28 @@ def _loop(path: Path) -> None:
 PLACES = [
     Nasty("empty_folder", _folder(), ("holds no data file",)),
     Nasty("folder.jsonl", _folder(), ("holds no data file",)),
-    Nasty("mixed", _folder(a__jsonl=LINE, b__parquet=_table()), ("cannot read a.jsonl, b.parquet",)),
+    Nasty(
+        "mixed", _folder(a__jsonl=LINE, b__parquet=_table()), ("cannot read a.jsonl, b.parquet",)
+    ),
     Nasty("one_broken", _folder(a__jsonl=LINE, b__jsonl=b"{"), ("b.jsonl, line 1",)),
     Nasty("hidden", _folder(__a__jsonl=LINE), ("holds no data file",)),
     Nasty("saved", _saved(lambda path: None), 50),
     Nasty("saved_cut", _saved(_cut_arrow), ("cannot be loaded",)),
-    Nasty("saved_state", _saved(lambda path: (path / "state.json").write_text("{")), ("cannot be loaded",)),
-    Nasty("saved_no_files", _saved(lambda path: (path / "state.json").write_text("{}")), ("cannot be loaded",)),
-    Nasty("saved_info", _saved(lambda path: (path / "dataset_info.json").write_text("[]")), ("cannot be loaded",)),
+    Nasty(
+        "saved_state",
+        _saved(lambda path: (path / "state.json").write_text("{")),
+        ("cannot be loaded",),
+    ),
+    Nasty(
+        "saved_no_files",
+        _saved(lambda path: (path / "state.json").write_text("{}")),
+        ("cannot be loaded",),
+    ),
+    Nasty(
+        "saved_info",
+        _saved(lambda path: (path / "dataset_info.json").write_text("[]")),
+        ("cannot be loaded",),
+    ),
     Nasty("pipe.jsonl", lambda path: os.mkfifo(path), ("no regular file",)),
     Nasty("device.jsonl", lambda path: path.symlink_to("/dev/zero"), ("no regular file",)),
     Nasty("loop.jsonl", _loop, ("no such file",)),
@@ -210,7 +255,7 @@ PLACES = [
     Nasty("archive.zip", _zip, ("expected files that end in",)),
     Nasty("missing.jsonl", lambda path: None, ("no such file",)),
     Nasty("n" * 300 + ".jsonl", lambda path: None, ("File name too long",)),
-]  # fmt: skip
+]
 ALL = JSON + PARQUET + PLACES
 
 

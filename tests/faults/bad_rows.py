@@ -153,7 +153,10 @@ BROKEN: list[tuple[Make, tuple[str, ...]]] = [
     (lambda r: _text(r, chosen=r.choice(_BLANK)), ("empty_response",)),
     (lambda r: _chat(r, rejected=[say("assistant", r.choice(_BLANK))]), ("empty_response",)),
     (lambda r: _chat(r, chosen=r.choice(_BLANK)), ("not_text", "empty_response")),
-    (lambda r: _text(r, chosen=r.choice(("</s>", " <s>\n</s>", "<|start|>"))), ("only_special_tokens",)),
+    (
+        lambda r: _text(r, chosen=r.choice(("</s>", " <s>\n</s>", "<|start|>"))),
+        ("only_special_tokens",),
+    ),
     (lambda r: _both("same " + odd_text(r)), ("identical",)),
     (lambda r: _text(r, chosen="no", rejected="no</s>"), ("identical",)),
     (lambda r: _text(r, prompt="x" * r.choice((LIMIT, 10**6))), ("overlong",)),
@@ -168,7 +171,10 @@ BROKEN: list[tuple[Make, tuple[str, ...]]] = [
     (lambda r: _chat(r, prompt=[]), ("no_messages",)),
     (lambda r: _chat(r, chosen=[]), ("no_messages",)),
     (lambda r: _chat(r, prompt=[say("us\ner\x1b", "q")]), ("unknown_role",)),
-    (lambda r: _chat(r, prompt=[say(r.choice((["user"], {"a": 1}, 7, nested(3000))), "q")]), ("unknown_role", "nested")),
+    (
+        lambda r: _chat(r, prompt=[say(r.choice((["user"], {"a": 1}, 7, nested(3000))), "q")]),
+        ("unknown_role", "nested"),
+    ),
     (lambda r: _chat(r, chosen=[say("user", "yes")]), ("response_roles", "different_prompts")),
     (lambda r: _chat(r, chosen=[say("assistant", "a"), say("user", "b")]), ("response_roles",)),
     (lambda r: {"prompt": "q", "chosen": "a"}, ("missing_keys",)),
@@ -202,12 +208,32 @@ BROKEN: list[tuple[Make, tuple[str, ...]]] = [
     (lambda r: _ranks(1, 1), ("tie",)),
     (lambda r: _ranks(math.nan, 1), ("completions",)),
     (lambda r: _ranks("1", nested(3000)), ("completions",)),
-    (lambda r: {"context": "q", "completions": r.choice(([], [1, 2], "xy", nested(3000)))}, ("completions",)),
-    (lambda r: {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0}, ("tie",)),
-    (lambda r: {"context": "q", "response1": "a", "response2": "b", "overall_preference": math.nan}, ("preference",)),
+    (
+        lambda r: {"context": "q", "completions": r.choice(([], [1, 2], "xy", nested(3000)))},
+        ("completions",),
+    ),
+    (
+        lambda r: {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0},
+        ("tie",),
+    ),
+    (
+        lambda r: {
+            "context": "q",
+            "response1": "a",
+            "response2": "b",
+            "overall_preference": math.nan,
+        },
+        ("preference",),
+    ),
     (lambda r: {"chosen": "Human: a", "rejected": " "}, ("empty_response",)),
-    (lambda r: {"chosen": [say("user", "a"), say("assistant", "b")], "rejected": [say("user", "c"), say("assistant", "d")]}, ("different_prompts",)),
-]  # fmt: skip
+    (
+        lambda r: {
+            "chosen": [say("user", "a"), say("assistant", "b")],
+            "rejected": [say("user", "c"), say("assistant", "d")],
+        },
+        ("different_prompts",),
+    ),
+]
 
 
 class GeneratedRows:

@@ -1,6 +1,6 @@
 """G4, part four: tokenizers and chat templates of every kind, and the masks that come of them."""
 
-import os
+import itertools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -126,7 +126,9 @@ def unigram(**kwargs) -> PreTrainedTokenizerFast:
     return _fast(
         models.Unigram(vocab, unk_id=0, byte_fallback=True),
         pre_tokenizer=pre_tokenizers.Metaspace(),
-        decoder=decoders.Metaspace(),
+        decoder=decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        ),
         **kwargs,
     )
 
@@ -174,7 +176,10 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "WordPiece, no BOS": lambda: word_piece(bos=False),
 }
 EVERY = [(t, m) for m in TEMPLATES for t in ("bytes, BOS", "merges")]  # 32
-PAIRS = [*EVERY, *((t, m) for t in TOKENIZERS for m in ("ChatML", "Mistral") if (t, m) not in EVERY)]
+PAIRS = [
+    *EVERY,
+    *((t, m) for t in TOKENIZERS for m in ("ChatML", "Mistral") if (t, m) not in EVERY),
+]
 SIDES = ("chosen", "rejected")
 RESPONSES = (
     "yes", " yes it is 6. ", "\nyes\n", "y" * 50, "\u00e9\u0301\ufb01 \U0001f468\u200d\U0001f469",
@@ -233,7 +238,9 @@ def _check_pair(tokenizer, template: Template, folder: Path) -> tuple[int, list[
     if report["used"] + sum(report["dropped"].values()) != len(rows):
         failures.append(f"rows do not add up: {report['used']}, {report['dropped']}")
     if template.labels is None:
-        failures += [f"row {pair.row} is used" for pair in data.train if len(rows[pair.row]["prompt"]) > 1]
+        failures += [
+            f"row {pair.row} is used" for pair in data.train if len(rows[pair.row]["prompt"]) > 1
+        ]
     elif report["used"] < len(rows) - 4:
         failures.append(f"only {report['used']} rows are used: {report['dropped']}")
     if template.reported is not None and template.reported not in report["surprises"]:
@@ -251,7 +258,10 @@ def wrong_mask(tokenizer, template: Template, row: dict, name: str, prompt, labe
     encode = tokenizer.backend_tokenizer.encode
     texts = [
         tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True),
-        *(tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False) for side in SIDES),
+        *(
+            tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+            for side in SIDES
+        ),
     ]
     asked, *sides = (encode(text, add_special_tokens=False) for text in texts)
     whole, encoded = texts[1 + SIDES.index(name)], sides[SIDES.index(name)]
@@ -260,7 +270,8 @@ def wrong_mask(tokenizer, template: Template, row: dict, name: str, prompt, labe
     expected = template.labels(row[name][0]["content"])
     if not whole.endswith(expected):
         return f"the oracle is wrong: {whole!r} does not end with {expected!r}"
-    shared = os.path.commonprefix([asked.ids, *(side.ids for side in sides)])
+    columns = zip(asked.ids, *(side.ids for side in sides), strict=False)
+    shared = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
     if prompt != shared:
         return f"the prompt has {len(prompt)} ids, {len(shared)} are shared"
     is_merged = len(shared) < len(asked.ids)  # a token of a side reaches over the border
@@ -274,4 +285,4 @@ def wrong_mask(tokenizer, template: Template, row: dict, name: str, prompt, labe
         found = tokenizer.decode(labels, clean_up_tokenization_spaces=False)
         if unicodedata.normalize("NFKC", found) == unicodedata.normalize("NFKC", expected):
             return ""
-    return f"labels start at {whole[first:first + 20]!r}, expected {expected[:20]!r}"
+    return f"labels start at {whole[first : first + 20]!r}, expected {expected[:20]!r}"

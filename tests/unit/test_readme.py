@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reinforcer_tp.exits import MEANING, Exit
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import health_metrics
 from reinforcer_tp.preference_losses import LOSSES
@@ -40,6 +41,11 @@ def test_the_table_of_keys_is_up_to_date():
 def test_the_table_of_losses_is_complete():
     listed = re.findall(r"^\| `(\w+)` \| .*\|.*\|$", section("Losses"), flags=re.M)
     assert listed == list(LOSSES)
+
+
+def test_the_table_of_exit_codes_is_complete():
+    listed = re.findall(r"^\| (\d+) \| (\w+) \| (.*) \|$", README, flags=re.M)
+    assert listed == [(str(int(code)), code.name, MEANING[code]) for code in Exit]
 
 
 def test_the_metrics_of_health_are_listed():

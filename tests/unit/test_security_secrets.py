@@ -46,6 +46,14 @@ def test_values_of_the_environment_and_of_known_forms_go(secret):
     assert holds_secret(text, ENVIRONMENT)
 
 
+def test_a_secret_that_a_message_cuts_goes_too():
+    secret = "0123456789abcdefghij"
+    for length in range(10, 21):
+        cut = f"got {secret[:length]}... (rank 0), {secret}{secret}"
+        assert redact(cut, {"X_TOKEN": secret}) == "got ***... (rank 0), ******"
+    assert redact("01234567", {"X_TOKEN": secret}) == "01234567"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
