@@ -140,7 +140,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def begin(directory: Path, step: int, attempt: str, num_bytes: int) -> Path:
+def begin_checkpoint(directory: Path, step: int, attempt: str, num_bytes: int) -> Path:
     """The new folder to write into, when there is room for `num_bytes`. Raises SaveError."""
     fault_point("ckpt.begin")
     with disk_errors(f"making the folder of a checkpoint in {directory}"):
@@ -183,7 +183,7 @@ def write_synced(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def publish(building: Path, files: dict[str, Any], described: Mapping[str, Any]) -> Path:
+def publish_checkpoint(building: Path, files: dict[str, Any], described: Mapping[str, Any]) -> Path:
     """Writes the manifest over `files` and gives the folder its name. Raises SaveError."""
     step, attempt = described["step"], described["attempt"]
     folder = building.with_name(f"step_{step}")

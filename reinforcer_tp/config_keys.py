@@ -63,7 +63,6 @@ HINTS = {
     ),
     "data.train": "did you mean data.train_data_path?",
     "data.validation": "did you mean data.val_data_path?",
-    "checkpointing.checkpoint_must_save_by": "saving before a deadline is not built yet",
 }
 
 

@@ -138,7 +138,7 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         fault_point("step.end")
         _show(run, step, metrics, memory.watch)
         throughput.add(metrics)
-        memory.latest |= metrics
+        memory.latest |= {n: v for n, v in metrics.items() if v is not None and math.isfinite(v)}
         is_last, reason = step == total_steps, _asked_to_stop(run)
         is_validated = step % max(dpo.val_period, 1) == 0 or (is_last and dpo.val_at_end)
         is_validated = validates and is_validated and reason is None

@@ -17,15 +17,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from reinforcer_tp.beats import Beat, describe_frame, find_lost
 from reinforcer_tp.ending import Ending, Failure
-from reinforcer_tp.position import LIMITED, PHASES
+from reinforcer_tp.position import LIMITED
 from reinforcer_tp.processes import machine, process_start, process_state
 from reinforcer_tp.stops import all_stacks
 
@@ -37,42 +36,7 @@ _QUIET_S = 60.0  # a thread may be kept from running this long where files are r
 _BROKEN_S = 6.0  # within which a peer's death is seen after a collective has failed
 _OTHER_S = 0.3  # likewise after another error
 _FOLLOW_S = 1.5  # in which a hanging rank may leave by itself
-_PACKAGE = Path(__file__).resolve().parent
-_WAITING = (  # a main thread in these waits for other ranks, or may do so
-    "/torch/distributed/",
-    "/megatron/core/distributed/",
-    "/megatron/core/pipeline_parallel/",
-    "/megatron/core/tensor_parallel/",
-    "/torch/autograd/graph.py",
-)
 _BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """What a rank says of itself."""
-
-    number: int
-    step: int | None
-    phase: str
-    ticks: int
-    where: str  # innermost frame of ours in the main thread
-    waits: bool  # the main thread is inside a collective
-    still_s: float  # since it moved
-    pid: int
-    start: int
-    machine: str
-    is_done: bool = False
-    next_rank: int = -1  # what it knows of the next one
-    next_silent_s: float = 0.0
-
-    def place(self) -> tuple[int, int, int]:
-        """Grows while a run goes on."""
-        return (-1 if self.step is None else self.step, PHASES.index(self.phase), self.ticks)
-
-    def text(self, rank: int) -> str:
-        step = "none" if self.step is None else self.step
-        return f"rank {rank}, last step {step}, last phase {self.phase}"
 
 
 def watch_peers(ending: Ending, world_size: int, timeout_s: float) -> None:
@@ -80,34 +44,6 @@ def watch_peers(ending: Ending, world_size: int, timeout_s: float) -> None:
     if world_size > 1:
         ending.peers = Peers(ending, world_size=world_size, timeout_s=timeout_s)
         ending.peers.start()
-
-
-def find_lost(
-    beats: Mapping[int, Beat], stopped: Set[int], silent_s: float
-) -> tuple[tuple[int, ...], str]:
-    """(ranks that keep the others waiting, why); beats of all ranks that have sent one.
-
-    A rank that is `stopped` or whose beats are, by what another knows of it; else one that waits
-    for nobody while others wait; else, since it cannot be waiting for what it is ahead of, the
-    fewer ones that are ahead (they left out a collective) or behind.
-    """
-    alive = {rank: beat for rank, beat in beats.items() if not beat.is_done}
-    silence = {b.next_rank: b.next_silent_s for b in alive.values() if b.next_rank in alive}
-    silent = tuple(sorted(r for r in alive if r in stopped or silence.get(r, 0) >= silent_s))
-    if silent:
-        return silent, "its process does not answer"
-    busy = tuple(sorted(r for r, b in alive.items() if not b.waits))
-    if busy and len(busy) < len(alive):
-        return busy, "the other ranks wait for it"
-    places = {beat.place()[:2] for beat in alive.values()}
-    if len(places) < 2:
-        return (), ""
-    first, last = max(places), min(places)
-    ahead = tuple(sorted(r for r, b in alive.items() if b.place()[:2] == first))
-    behind = tuple(sorted(r for r, b in alive.items() if b.place()[:2] == last))
-    if len(busy) == len(alive) or len(behind) < len(ahead):
-        return behind, "it is behind the others"
-    return ahead, "it has left out a collective that the others wait in"
 
 
 class Peers:
@@ -333,19 +269,6 @@ def _end_process(beat: Beat) -> None:
 
 def _nothing() -> None:
     """There is no process to end."""
-
-
-def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
-    """(innermost frame of ours, whether what it calls waits for other ranks)."""
-    waits = False
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_PACKAGE):
-            name = path.relative_to(_PACKAGE.parent)
-            return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
-        waits = waits or any(part in path.as_posix() for part in _WAITING)
-        frame = frame.f_back
-    return "no frame of ours", waits
 
 
 def _host(beat: Beat) -> str:

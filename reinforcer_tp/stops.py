@@ -103,8 +103,11 @@ class Stops:
         thread.start()
 
     def _close_in_child(self) -> None:
-        with contextlib.suppress(ValueError):  # not the main thread
+        """A signal ends a child, as if there were no handlers, and is not the parent's."""
+        if self._sender >= 0:
             self.close()
+            for number in self._before:
+                signal.signal(number, signal.SIG_DFL)
 
     def close(self) -> None:
         """Puts back what was there."""

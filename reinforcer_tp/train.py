@@ -281,6 +281,7 @@ def quiet_libraries() -> None:
     """Silences progress bars and advice of the libraries; ours say what matters."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told of in one line
 
 
 if __name__ == "__main__":

@@ -52,18 +52,36 @@ def find_surprises(
     if control is not None:
         found["control_text"] = control
     prompt, *sides = texts
-    for messages, text in zip((pair.chosen, pair.rejected), sides, strict=True):
-        start = len(prompt) if text.startswith(prompt) else common_length(prompt, text)
-        found = _compare(messages, text[start:]) | found
+    rests = [
+        text[len(prompt) if text.startswith(prompt) else common_length(prompt, text) :]
+        for text in sides
+    ]
+    start = _start_of_both(pair, rests)
+    for messages, rest in zip((pair.chosen, pair.rejected), rests, strict=True):
+        found = _compare(messages, rest, start) | found
     return found
 
 
-def _compare(messages: list[dict], rest: str) -> dict[str, str]:
-    """`rest` is what the template made of the messages of a response."""
+def _start_of_both(pair: PreferencePair, rests: Sequence[str]) -> int:
+    """Where both responses begin behind the same text, which may hold their words by chance."""
+    chosen, rejected = (_content(side[0]) for side in (pair.chosen, pair.rejected))
+    start = rests[0].find(chosen)
+    while start >= 0:
+        if rests[1].startswith(rejected, start):
+            return start
+        start = rests[0].find(chosen, start + 1)
+    return 0
+
+
+def _content(message: dict) -> str:
+    return (message.get("content") or "").strip()
+
+
+def _compare(messages: list[dict], rest: str, end: int) -> dict[str, str]:
+    """`rest` is what the template made of the messages of a response, the first from `end` on."""
     found: dict[str, str] = {}
-    end = 0
     for index, message in enumerate(messages):
-        text = (message.get("content") or "").strip()
+        text = _content(message)
         if message["role"] != "assistant" or not text:
             continue
         start = rest.find(text, end)

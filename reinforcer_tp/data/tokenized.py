@@ -136,8 +136,8 @@ class TokenizedSet(Sequence[TokenizedPair]):
         for name, dtype in _ARRAYS.items():
             path = folder / f"{name}.npy"
             try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+                array = np.lib.format.open_memmap(path, mode="r")  # np.load takes archives, too
+            except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); delete {folder}") from error
             if array.dtype != dtype:
                 raise ValueError(

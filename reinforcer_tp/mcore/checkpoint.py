@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reinforcer_tp import checkpoint_folder
 from reinforcer_tp.checkpoint_folder import (
     SaveError,
+    begin_checkpoint,
     disk_errors,
     json_chunks,
+    publish_checkpoint,
     rank_file,
     write_synced,
 )
@@ -143,7 +144,7 @@ class CheckpointWriter:
         def begin() -> Path | None:
             if rank == 0:
                 attempt = os.urandom(8).hex()
-                return checkpoint_folder.begin(self._directory, save.step, attempt, sum(sizes))
+                return begin_checkpoint(self._directory, save.step, attempt, sum(sizes))
             return None
 
         building = self._gather(begin)[0]
@@ -173,7 +174,7 @@ class CheckpointWriter:
                 files[name] = write_synced(building / name, json_chunks(content))
         attempt = building.name.split(".")[1]
         described = {"step": save.step, "attempt": attempt, **self._described}
-        return checkpoint_folder.publish(building, files, described | {"metrics": save.metrics})
+        return publish_checkpoint(building, files, described | {"metrics": save.metrics})
 
     def _gather(self, work: Callable[[], T]) -> list[T]:
         """The results of `work` on all ranks, or its first error on every one of them."""

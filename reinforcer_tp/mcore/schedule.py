@@ -181,7 +181,7 @@ def _run(
             packed_seq_params=attention_params,
         )
         if hidden.requires_grad and faults_armed():
-            hidden.register_hook(partial(poison, "nonfinite.gradient", rows=batch.rows))
+            hidden.register_hook(lambda g: poison("nonfinite.gradient", g, batch.rows))
         return hidden, partial(report, batch, own_rows)
 
     with _mode(stage, forward_only=forward_only):

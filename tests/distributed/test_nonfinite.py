@@ -21,13 +21,13 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(model) -> SimpleNamespace:
-    [found] = run_distributed(_alone, 1, model)
+    [found] = run_distributed(_alone, 1, model, timeout_s=300)
     return found
 
 
 @pytest.fixture(scope="module")
 def pairs_of_ranks(model) -> list[dict]:
-    return run_distributed(_in_two_ranks, 2, model)
+    return run_distributed(_in_two_ranks, 2, model, timeout_s=300)
 
 
 def _alone(model: str) -> SimpleNamespace:

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from reinforcer_tp.checkpoint_folder import (
     CheckpointError,
-    begin,
+    begin_checkpoint,
     check_file,
     json_chunks,
-    publish,
+    publish_checkpoint,
     rank_file,
     read_json,
     read_manifest,
@@ -36,6 +36,7 @@ from reinforcer_tp.mcore.restore import SavedTensors
 from reinforcer_tp.reference.keys import ReferenceKey
 from reinforcer_tp.reference.store import ReferenceStore, StoreError, reference_folders
 from reinforcer_tp.run_directory import check_run_directory, finished_steps
+from reinforcer_tp.untrusted import read_json as read_bounded
 from tests.integration.random_model import make_random_llama, make_rows, make_tokenizer, write_jsonl
 
 DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "dpo.yaml"
@@ -124,7 +125,7 @@ def _make_checkpoint(folder: Path) -> None:
     import torch
     from safetensors.torch import save
 
-    building = begin(folder, 1, "0" * 16, 1000)
+    building = begin_checkpoint(folder, 1, "0" * 16, 1000)
     tensors = save({"w.master": torch.zeros(4)})
     files = {
         rank_file(0): write_synced(building / rank_file(0), [tensors]),
@@ -134,26 +135,24 @@ def _make_checkpoint(folder: Path) -> None:
         ),
     }
     layout = {"tensor_model_parallel_size": 1}
-    publish(building, files, {"step": 1, "attempt": "0" * 16, "layout": layout})
+    publish_checkpoint(building, files, {"step": 1, "attempt": "0" * 16, "layout": layout})
 
 
 def _make_cached(folder: Path) -> None:
-    _tokenize(folder)
-
-
-def _tokenize(folder: Path) -> object:
-    """The set in the cache `folder`, found again by its key where it is there."""
-    options = SetOptions(encode=EncodeOptions(max_total_sequence_length=64))
-    found, report = tokenize_set(
+    found, _ = tokenize_set(
         make_rows(4),
         "rows",
         spec=TaskDataSpec(),
         tokenizer=make_tokenizer(),
-        options=options,
+        options=SetOptions(encode=EncodeOptions(max_total_sequence_length=64)),
         cache_dir=folder,
     )
-    pairs = TokenizedSet.open(found)
-    return [pairs[i] for i in range(len(pairs))], report
+    found.rename(folder / "set")
+
+
+def _load_cached(place: Path) -> object:
+    pairs = TokenizedSet.open(place / "set")
+    return [pairs[i] for i in range(len(pairs))], read_bounded(place / "set" / "counts.json")
 
 
 def _make_run(folder: Path) -> None:
@@ -279,6 +278,8 @@ TARGETS = (
            files=("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                   "config.json", "chat_template.jinja", "added_tokens.json")),
     Target(name="template", folder="template", files=("mine.jinja",), load=_load_template),
+    Target(name="cached rows", folder="cache", load=_load_cached, extra=("set/dataset.pkl",),
+           files=tuple(f"set/{name}" for name in (*(f"{n}.npy" for n in ARRAYS), "counts.json"))),
     Target(name="reference store", folder="store", load=_load_store, seal=_seal_store,
            refusals=(ValueError, StoreError), extra=(f"{KEY.name}/shard.pkl",),
            files=(f"{KEY.name}/reference.json", f"{KEY.name}/poison.parquet")),

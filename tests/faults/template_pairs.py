@@ -125,7 +125,7 @@ def unigram(**kwargs) -> PreTrainedTokenizerFast:
     vocab = [(piece, -0.5 - 0.1 * (index % 7)) for index, piece in enumerate(pieces)]
     return _fast(
         models.Unigram(vocab, unk_id=0, byte_fallback=True),
-        pre_tokenizer=pre_tokenizers.Metaspace(),
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first"),
         decoder=decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
         ),
@@ -182,9 +182,19 @@ PAIRS = [
 ]
 SIDES = ("chosen", "rejected")
 RESPONSES = (
-    "yes", " yes it is 6. ", "\nyes\n", "y" * 50, "\u00e9\u0301\ufb01 \U0001f468\u200d\U0001f469",
-    "<think>\nhm\n</think>\n\n6", "is</think>6", "\u2028\u3000a", "6", "[/INST]", "\x00a\x07", "  x",
-)  # fmt: skip
+    "yes",
+    " yes it is 6. ",
+    "\nyes\n",
+    "y" * 50,
+    "\u00e9\u0301\ufb01 \U0001f468\u200d\U0001f469",
+    "<think>\nhm\n</think>\n\n6",
+    "is</think>6",
+    "\u2028\u3000a",
+    "6",
+    "[/INST]",
+    "\x00a\x07",
+    "  x",
+)
 
 
 def _rows() -> list[dict]:

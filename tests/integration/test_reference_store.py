@@ -71,7 +71,7 @@ def succeed(config: OracleConfig, log_dir: Path, *extra: str, **how) -> RunResul
 def refusal(result: RunResult, code: int) -> str:
     """The one line of a run that ended with `code` (a run under a launcher ends with 1)."""
     assert result.returncode == code, result.describe()
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error[")]
     assert len(errors) == 1 and "Traceback" not in result.stderr, result.describe()
     return errors[0]
 

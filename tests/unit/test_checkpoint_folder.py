@@ -31,7 +31,7 @@ HERE = {"run": "r", "branch": None, "layout": {"world_size": 1}}
 def write(directory, step, metrics=None, identity=IDENTITY, **described):
     """A checkpoint with one large file of arbitrary bytes."""
     attempt = os.urandom(8).hex()
-    building = checkpoint_folder.begin(directory, step, attempt, 100)
+    building = checkpoint_folder.begin_checkpoint(directory, step, attempt, 100)
     chunks = {
         "rank_00000.safetensors": [b"some", f"bytes of {step}".encode()],
         "state.json": json_chunks({"identity": identity}),
@@ -39,7 +39,7 @@ def write(directory, step, metrics=None, identity=IDENTITY, **described):
     }
     files = {name: write_synced(building / name, parts) for name, parts in chunks.items()}
     described = HERE | described | {"step": step, "attempt": attempt, "metrics": metrics or {}}
-    return checkpoint_folder.publish(building, files, described)
+    return checkpoint_folder.publish_checkpoint(building, files, described)
 
 
 def config_for(directory, *overrides):
@@ -136,14 +136,14 @@ def test_there_must_be_room(tmp_path):
         mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=2**30)),
         pytest.raises(SaveError, match=r"needs 0\.95 GiB and a tenth more.* 1\.00 GiB free"),
     ):
-        checkpoint_folder.begin(tmp_path, 3, "0" * 16, int(0.95 * 2**30))
+        checkpoint_folder.begin_checkpoint(tmp_path, 3, "0" * 16, int(0.95 * 2**30))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fails_says_what_was_being_done(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"making the folder.*file.* untouched"):
-        checkpoint_folder.begin(tmp_path / "file" / "checkpoints", 3, "0" * 16, 1)
+        checkpoint_folder.begin_checkpoint(tmp_path / "file" / "checkpoints", 3, "0" * 16, 1)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ ALLOWED = {
     ),
     "reinforcer_tp/mcore": (
         "kernels",
+        "reinforcer_tp.checkpoint_folder",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data.packed_batch",
         "reinforcer_tp.faultpoints",
@@ -51,6 +52,7 @@ ALLOWED = {
         "reinforcer_tp.nonfinite",
         "reinforcer_tp.untrusted",
         "reinforcer_tp.secrecy",
+        "reinforcer_tp.whole_files",
     ),
     "reinforcer_tp/loop.py": (
         "reinforcer_tp.batches",
@@ -65,6 +67,7 @@ ALLOWED = {
         "reinforcer_tp.mcore",
         "reinforcer_tp.metrics",
         "reinforcer_tp.nonfinite",
+        "reinforcer_tp.stops",
         "reinforcer_tp.throughput",
     ),
     "reinforcer_tp/nonfinite.py": (

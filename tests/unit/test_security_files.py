@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.sources import Source, load_rows
+from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.hf_files import open_model, read_config, write_companions
 from reinforcer_tp.mcore.weights import SafetensorsReader
 from reinforcer_tp.untrusted import inside, read_json
-from tests.faults.payloads import Evil, code
+from tests.faults.payloads import Evil, code, contents
 from tests.faults.poison import Watch
 from tests.integration.random_model import make_random_llama, make_tokenizer
 
@@ -130,6 +131,17 @@ def test_saved_rows_stay_in_their_folder(tmp_path, name):
     (tmp_path / "rows" / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="expected the name of a file in it"):
         load_rows(Source(path=str(tmp_path / "rows"), key="data.train_data_path"))
+
+
+@pytest.mark.parametrize("name", ["numpy objects", "numpy archive", "torch zip", "empty", "zeros"])
+def test_a_cached_set_with_another_file_in_it(tmp_path, name):
+    pairs = TokenizedSet.from_pairs([TokenizedPair(prompt=[1], chosen=[2], rejected=[3])])
+    pairs.save(tmp_path)
+    assert TokenizedSet.open(tmp_path)[0].chosen == [2]
+    (tmp_path / "rows.npy").write_bytes(contents(tmp_path / "canary")[name])
+    with pytest.raises(ValueError, match=r"rows\.npy"):
+        TokenizedSet.open(tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 # JSON

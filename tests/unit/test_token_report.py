@@ -104,6 +104,7 @@ def report_of(pairs, batches, **changes):
         "source": "a.jsonl",
         "shapes": {"messages": 3},
         "boundary_example": None,
+        "surprises": {},
         "rows_read": 3,
         "used": 3,
         "dropped": {},
