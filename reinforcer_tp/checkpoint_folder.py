@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reinforcer_tp import untrusted
 from reinforcer_tp.faultpoints import fault_point
 from reinforcer_tp.whole_files import sync_folder
 
@@ -123,16 +124,9 @@ def check_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({str(error)[:80]})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
+        return untrusted.read_json(path, _MAX_JSON_BYTES)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from tests.faults.figures import Figures
 from tests.faults.runs import Live, Toy, logged_steps, make_toy, straight
 
 HANGS = 100
+ENDS_S = 4.0  # after the name: a rank that does not leave by itself is killed
 TIMEOUT_S, GRACE_S = 4.0, 2.0  # a loaded machine may take seconds for a step
 LAYOUTS = ("dp2", "tp2", "pp2")
 IN_STEPS = (
@@ -92,7 +93,7 @@ def hang(
         wrong.append(f"named after {seconds:.1f} s")
     else:
         named_s.append(seconds)
-    if alive or ended > limit_s + 1:
+    if alive or ended > limit_s + ENDS_S:
         wrong.append(f"{len(alive)} processes left, ended after {ended:.1f} s")
     ended_s.append(ended)
     if (code := exit_code(log_dir)) != REQUEUE:

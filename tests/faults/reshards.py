@@ -176,7 +176,7 @@ def loss_of(config, parts) -> float:
         build_packed_batch(
             [pairs[i] for i in members],
             reference_logps=[reference_logps(pairs[i]) for i in members],
-            row_length=64,
+            row_length=96,
         )
         for members in PLANS[topology.dp_size][topology.dp_rank]
     ]

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reinforcer_tp.reference import shards, store
+from reinforcer_tp import whole_files
+from reinforcer_tp.reference import store
 from reinforcer_tp.reference.keys import pair_key
 from reinforcer_tp.reference.store import ReferenceKey, ReferenceStore, StoreError
 
@@ -124,11 +125,11 @@ def after(function: Callable) -> Callable:
 
 # Where a writer dies -> (module or builtin that is replaced, its name, by what).
 POINTS = {
-    "before the file": (shards.secrets, "token_hex", die),
-    "half of the file": (shards, "open", HalfWritten),
-    "before the sync": (shards.os, "fsync", die),
-    "before the rename": (shards.os, "replace", die),
-    "after the rename": (shards.os, "replace", after(os.replace)),
+    "before the file": (whole_files.secrets, "token_hex", die),
+    "half of the file": (whole_files, "open", HalfWritten),
+    "before the sync": (whole_files.os, "fsync", die),
+    "before the rename": (whole_files.os, "replace", die),
+    "after the rename": (whole_files.os, "replace", after(os.replace)),
 }
 
 

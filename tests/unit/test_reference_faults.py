@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reinforcer_tp import whole_files
 from reinforcer_tp.reference import shards, store
 from reinforcer_tp.reference.store import StoreError
 from tests.unit.reference_pairs import (
@@ -43,7 +44,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patched:
         if call == "open":
-            patched.setattr(shards, "open", fail, raising=False)
+            patched.setattr(whole_files, "open", fail, raising=False)
         else:
             patched.setattr(shards.os, call, fail)
         with pytest.raises(StoreError) as error:
