@@ -14,7 +14,6 @@ import torch
 from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
 from reinforcer_tp.config import Config
 from reinforcer_tp.config_check import METRICS
-from reinforcer_tp.data.loader import steps_per_epoch
 from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
@@ -45,6 +44,7 @@ from reinforcer_tp.mcore.schedule import (
     forward_logps,
     reduce_metrics,
 )
+from reinforcer_tp.memory import Memory
 from reinforcer_tp.metrics import MetricLogger, Progress, validation_line
 from reinforcer_tp.nonfinite import (
     SkippedSteps,
@@ -124,13 +124,14 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
     """
     dpo, stops, topology = run.config.dpo, run.stops, run.stage.topology
     validates = run.validation_set is not None and dpo.val_period > 0
-    memory = Memory.of(run)
+    memory = _memory(run)
     throughput = Throughput(run.sweep_s)
     if topology.device.type == "cuda":  # the sweep's rows are longer than training's
         torch.cuda.reset_peak_memory_stats(topology.device)
     stops.begin_loop(start_step)
-    if validates and dpo.val_at_start and start_step == 0:
-        memory.validated(0, evaluate(run, step=0))
+    is_due = start_step % max(dpo.val_period, 1) == 0 and memory.lacks_validation(start_step)
+    if validates and is_due and (start_step > 0 or dpo.val_at_start):
+        memory.validated(start_step, evaluate(run, step=start_step))
     for step in range(start_step + 1, total_steps + 1):
         stops.phase("step")
         metrics = train_step(run, step, is_first=step == start_step + 1)
@@ -138,7 +139,7 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         fault_point("step.end")
         _show(run, step, metrics, memory.watch)
         throughput.add(metrics)
-        memory.latest |= {n: v for n, v in metrics.items() if v is not None and math.isfinite(v)}
+        memory.trained(metrics)
         is_last, reason = step == total_steps, _asked_to_stop(run)
         is_validated = step % max(dpo.val_period, 1) == 0 or (is_last and dpo.val_at_end)
         is_validated = validates and is_validated and reason is None
@@ -159,31 +160,18 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         run.progress.message(throughput.panel())
 
 
-@dataclass(kw_only=True)
-class Memory:
-    """What the run knows of its past steps; checkpoints keep it."""
-
-    watch: HealthWatch
-    latest: dict[str, float | None]  # last known value of every metric
-    history: list[dict[str, float | None]]  # metrics of each validation, with its step
-
-    @classmethod
-    def of(cls, run: Run) -> "Memory":
-        options, restored = LossOptions(**run.config.dpo.loss_options), run.restored
-        watch = HealthWatch(
-            beta=options.beta,
-            sft_loss_weight=options.sft_loss_weight,
-            losses=[name for name, _ in options.losses],
-            averages=options.preference_average_log_probs,
-        )
-        if "health" in restored:
-            watch.restore(restored["health"])
-        latest, history = restored.get("latest", {}), restored.get("history", [])
-        return cls(watch=watch, latest=dict(latest), history=list(history))
-
-    def validated(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        self.latest |= metrics
-        self.history.append({"step": step, **_finite(metrics)})
+def _memory(run: Run) -> Memory:
+    options = LossOptions(**run.config.dpo.loss_options)
+    watch = HealthWatch(
+        beta=options.beta,
+        sft_loss_weight=options.sft_loss_weight,
+        losses=[name for name, _ in options.losses],
+        averages=options.preference_average_log_probs,
+    )
+    memory = Memory(watch=watch)
+    if run.restored:
+        memory.restore(run.restored)
+    return memory
 
 
 def _show(run: Run, step: int, metrics: Mapping[str, float | None], watch: HealthWatch) -> None:
@@ -423,27 +411,15 @@ def _peak_gib(device: torch.device) -> float:
 def _save(run: Run, step: int, memory: Memory, *, at_once: bool) -> None:
     """Writes a checkpoint; `at_once` waits also for an asynchronous one."""
     assert run.writer is not None
-    pairs = step * run.config.policy.train_global_batch_size
-    epoch, pairs_of_epoch = divmod(
-        step, steps_per_epoch(len(run.train_set.pairs), run.config.policy.train_global_batch_size)
-    )
     state = {
         "identity": run.identity,
-        "data": {"pairs": pairs, "epoch": epoch, "steps_of_epoch": pairs_of_epoch},
-        "health": memory.watch.to_json(),
+        "pairs_seen": step * run.config.policy.train_global_batch_size,
         "skips": run.skips.to_json(),
-        "latest": _finite(memory.latest),
-        "history": memory.history,
+        **memory.to_json(),
     }
     run.stops.phase("save")
-    run.writer.save(
-        step, run.stage.model, run.training, state=state, metrics=_finite(memory.latest)
-    )
+    run.writer.save(step, run.stage.model, run.training, state=state, metrics=memory.latest)
     if at_once:
         run.writer.wait()
     for folder in run.writer.finished():
         run.progress.message(f"saved {folder}")
-
-
-def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {n: v if v is not None and math.isfinite(v) else None for n, v in metrics.items()}

@@ -65,6 +65,7 @@ ALLOWED = {
         "reinforcer_tp.health",
         "reinforcer_tp.loss",
         "reinforcer_tp.mcore",
+        "reinforcer_tp.memory",
         "reinforcer_tp.metrics",
         "reinforcer_tp.nonfinite",
         "reinforcer_tp.stops",
