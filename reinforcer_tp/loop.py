@@ -28,6 +28,7 @@ from reinforcer_tp.first_step import (
 from reinforcer_tp.flops import pair_cost, peak_tflops
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import HealthWatch, health_metrics, health_sums
+from reinforcer_tp.lifecycle.stops import Reason, Stopped, Stops
 from reinforcer_tp.loss import LossOptions, dpo_loss
 from reinforcer_tp.mcore.checkpoint import CheckpointWriter
 from reinforcer_tp.mcore.optim import (
@@ -53,7 +54,6 @@ from reinforcer_tp.nonfinite import (
     look_at_loss,
     loss_scale_trouble,
 )
-from reinforcer_tp.stops import Reason, Stopped, Stops
 from reinforcer_tp.throughput import Throughput, step_rates
 
 # What dpo_loss sums over pairs, reported as means; their number; what health_sums counts.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from reinforcer_tp.config_check import ConfigError, require
 from reinforcer_tp.pipeline_layout import stage_layers
-from reinforcer_tp.untrusted import CONFIG_BYTES, read_json, strict_json
+from reinforcer_tp.strict_json import parse_json
+from reinforcer_tp.untrusted import CONFIG_BYTES, read_json
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPE_KEYS = (
@@ -88,7 +89,7 @@ def _hub_shape(model_name: str, timeout_s: float) -> tuple[dict | None, str]:
             url, headers=headers, timeout=timeout_s, follow_redirects=True
         )
         if reply.status_code == 200:
-            shape = strict_json(reply.content[: CONFIG_BYTES + 1])
+            shape = parse_json(reply.content[: CONFIG_BYTES + 1])
             is_object = isinstance(shape, dict)
             return (shape, url) if is_object else (None, f"{url} holds no JSON object")
         advice = ": log in with `hf auth login`" if reply.status_code in (401, 403) else ""

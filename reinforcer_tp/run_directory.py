@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reinforcer_tp import attempts
 from reinforcer_tp.checkpoint_folder import CheckpointError, read_json
 from reinforcer_tp.config import Config, ConfigError, decisive, load_config, to_yaml
+from reinforcer_tp.lifecycle import attempts
 from reinforcer_tp.resume import check_same_run
 from reinforcer_tp.whole_files import BUILDING_NAME, write_whole
 

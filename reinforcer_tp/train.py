@@ -26,9 +26,9 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 # Only what is light: signals must be heard, and an error in the configuration must not wait for
 # torch. The rest is imported where it is used.
-from reinforcer_tp.ending import leave
+from reinforcer_tp.lifecycle.ending import leave
+from reinforcer_tp.lifecycle.stops import Stopped, Stops
 from reinforcer_tp.secrecy import make_files_private
-from reinforcer_tp.stops import Stopped, Stops
 
 if TYPE_CHECKING:
     from reinforcer_tp.config import Config
@@ -140,6 +140,7 @@ def run(config: Config, inputs: Inputs, stops: Stops) -> None:
     from reinforcer_tp.config import to_yaml
     from reinforcer_tp.data.prepare import format_report
     from reinforcer_tp.hf_files import write_companions
+    from reinforcer_tp.lifecycle.peers import watch_peers
     from reinforcer_tp.loop import Run, train
     from reinforcer_tp.mcore.optim import build_training
     from reinforcer_tp.mcore.restore import load_checkpoint
@@ -153,7 +154,6 @@ def run(config: Config, inputs: Inputs, stops: Stops) -> None:
     from reinforcer_tp.nonfinite import SkippedSteps
     from reinforcer_tp.open_checkpoints import open_writer, settle_resume
     from reinforcer_tp.open_references import open_references
-    from reinforcer_tp.peers import watch_peers
     from reinforcer_tp.run_directory import mark_finished, write_run_directory
 
     megatron, data = config.policy.megatron_cfg, inputs.data

@@ -3,14 +3,13 @@
 Imports neither torch nor transformers.
 """
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
+from reinforcer_tp.strict_json import parse_json
+
 CONFIG_BYTES = 1 << 20  # of a config.json and its like
 INDEX_BYTES = 64 << 20  # of an index of weights, a tokenizer's settings
-MAX_DEPTH = 64  # lists and objects in one another
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
 _CODE_PREFIXES = ("_attn_implementation", "_experts_implementation")
 
@@ -61,8 +60,8 @@ def read_json(path: Path, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     if len(content) > max_bytes:
         raise ValueError(f"{path} is larger than {max_bytes:,} bytes; expected a JSON object")
     try:
-        value = strict_json(content)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(content)
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as JSON: {reason}") from error
     if not isinstance(value, dict):
@@ -93,49 +92,3 @@ def _asks_for_code(key: str, value: Any) -> bool:
     if key in ("attn_implementation", "experts_implementation", "use_kernels"):
         return not isinstance(value, str) or "/" in value  # owner/name = a kernel of the hub
     return key in _CODE_KEYS or key.startswith(_CODE_PREFIXES)
-
-
-def strict_json(content: bytes) -> Any:
-    """One JSON value. Raises ValueError, or RecursionError where it is very deep."""
-    value = json.loads(
-        content.decode("utf-8"),
-        object_pairs_hook=_object,
-        parse_float=_finite,
-        parse_constant=_constant,
-    )
-    _check_depth(value)
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {max(keys, key=keys.count)[:80]!r} occurs twice")
-    return result
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {digits[:40]} is too large")
-    return value
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for part in level
-            if isinstance(part, dict | list)
-            for child in (part.values() if isinstance(part, dict) else part)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError(f"more than {MAX_DEPTH} lists and objects in one another")

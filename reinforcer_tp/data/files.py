@@ -19,9 +19,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforcer_tp.data import strict_json
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import brief
+from reinforcer_tp.strict_json import parse_json
 
 FORMATS = ("jsonl", "ndjson", "json", "parquet")
 EXPECTED = "files that end in .jsonl, .json or .parquet (or those with .gz)"
@@ -98,7 +98,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _parse(line: bytes, path: Path, number: int | None) -> Any:
     try:
-        return strict_json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except ValueError as error:
         if number is None and isinstance(error, json.JSONDecodeError):
             number = error.lineno

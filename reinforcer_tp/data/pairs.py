@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reinforcer_tp.data.strict_json import DEPTH
+from reinforcer_tp.strict_json import DEPTH
 
 Messages = list[dict[str, Any]]
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from reinforcer_tp.data import strict_json
 from reinforcer_tp.data.pairs import (
     BadRow,
     Messages,
@@ -33,6 +32,7 @@ from reinforcer_tp.data.pairs import (
     kind,
     names,
 )
+from reinforcer_tp.strict_json import parse_json
 
 LARGEST = 3e38  # float32
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -276,7 +276,7 @@ def _json_column(row: dict, name: str, expected: type) -> Any:
     value = row.get(name)
     if isinstance(value, str):
         try:
-            value = strict_json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise BadRow(name, f"{name} is text but not JSON ({error}); expected JSON") from None
     if value is not None and not isinstance(value, expected):

@@ -38,7 +38,8 @@ from reinforcer_tp.reference.shards import (
     shard_paths,
     write_shard,
 )
-from reinforcer_tp.untrusted import CONFIG_BYTES, strict_json
+from reinforcer_tp.strict_json import parse_json
+from reinforcer_tp.untrusted import CONFIG_BYTES
 from reinforcer_tp.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -203,8 +204,8 @@ def read_description(folder: Path) -> Description:
     with disk_errors(f"reading {path}"), open(path, "rb") as file:
         content = file.read(CONFIG_BYTES + 1)
     try:
-        read = strict_json(content)
-    except (ValueError, RecursionError) as error:
+        read = parse_json(content)
+    except ValueError as error:
         reason = str(error)[:200]
         raise ValueError(f"{path} is not JSON ({reason}); delete it, the shards stay") from error
     names = ("digest", "numerics", "model")

@@ -159,7 +159,7 @@ BROKEN: list[tuple[Make, tuple[str, ...]]] = [
     ),
     (lambda r: _both("same " + odd_text(r)), ("identical",)),
     (lambda r: _text(r, chosen="no", rejected="no</s>"), ("identical",)),
-    (lambda r: _text(r, prompt="x" * r.choice((LIMIT, 10**6))), ("overlong",)),
+    (lambda r: _text(r, prompt="x" * r.choice((LIMIT, 10**5))), ("overlong",)),
     (lambda r: _text(r, rejected="y " * LIMIT), ("overlong",)),
     (lambda r: _text(r, chosen=r.choice(_NOT_TEXT)), ("not_text", "not_a_message", "nested")),
     (lambda r: _chat(r, prompt=r.choice(_NOT_TEXT)), ("not_text", "not_a_message", "nested")),

@@ -35,7 +35,7 @@ ENDS_S = 20.0  # the others of a killed rank are gone after this
 FINISHES_S = 120.0
 # A run that is killed at all of them in turn. Some finish a checkpoint, so it gets further; where
 # rank 1 is killed, rank 0 may finish what it was held in. Hence many steps.
-POINT_RUN = ("dpo.max_num_steps=60",)
+POINT_RUN = ("dpo.max_num_steps=90",)
 ORDER = (
     *("step.begin", "step.compute", "step.optimizer.before", "step.optimizer.after", "step.end"),
     *("ckpt.begin", "ckpt.folder", "ckpt.shard.open", "ckpt.shard.mid", "ckpt.shard.close"),

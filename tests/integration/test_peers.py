@@ -145,7 +145,7 @@ def test_no_child_of_a_rank_is_left(tmp_path):
     if pid == 0:
         import subprocess
 
-        from reinforcer_tp.ending import leave
+        from reinforcer_tp.lifecycle.ending import leave
 
         child = subprocess.Popen(["sleep", "600"])
         (tmp_path / "child").write_text(str(child.pid))

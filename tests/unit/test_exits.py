@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from reinforcer_tp import attempts
-from reinforcer_tp.attempts import Attempt
 from reinforcer_tp.config_check import ConfigError
-from reinforcer_tp.exits import KNOWN, MEANING, Exit, describe, error_line, known_exit
-from reinforcer_tp.position import Position
+from reinforcer_tp.lifecycle import attempts
+from reinforcer_tp.lifecycle.attempts import Attempt
+from reinforcer_tp.lifecycle.exits import KNOWN, MEANING, Exit, describe, error_line, known_exit
+from reinforcer_tp.lifecycle.position import Position
 from reinforcer_tp.reference.store import StoreError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from reinforcer_tp.data import encode_pair, files, format_report
 from reinforcer_tp.data.dataset_classes import FileDataset
 from reinforcer_tp.data.pairs import BadRow, TaskDataSpec
 from reinforcer_tp.data.shapes import pair_from_row
-from reinforcer_tp.data.strict_json import DEPTH, loads
+from reinforcer_tp.strict_json import DEPTH, parse_json
 from tests.unit.test_chat import chat, text
 from tests.unit.test_prepare import (  # own_cache is a fixture of every test here
     jsonl,
@@ -170,12 +170,12 @@ def test_text_that_the_tokenizer_does_not_know_is_counted():
 
 
 def test_json_that_is_too_deep_or_too_long():
-    assert loads("[" * DEPTH + "]" * DEPTH)
+    assert parse_json("[" * DEPTH + "]" * DEPTH)
     for bad in ("[" * (DEPTH + 1) + "]" * (DEPTH + 1), '{"a":' * 900 + "1" + "}" * 900):
         with pytest.raises(ValueError, match="nested more than 64 deep"):
-            loads(bad)
+            parse_json(bad)
     with pytest.raises(ValueError, match=r"the number 9{24}\.\.\. has over 64 bits"):
-        loads("9" * 5000)
+        parse_json("9" * 5000)
 
 
 @pytest.mark.parametrize("name", ["pipe.jsonl", "zero.jsonl", "pipe.parquet"])

@@ -23,10 +23,12 @@ ALLOWED = {
     "reinforcer_tp/data": (
         "reinforcer_tp.config_check",
         "reinforcer_tp.embedded",
+        "reinforcer_tp.strict_json",
         "reinforcer_tp.untrusted",
     ),
     "reinforcer_tp/secrecy.py": (),
-    "reinforcer_tp/untrusted.py": (),
+    "reinforcer_tp/strict_json.py": (),
+    "reinforcer_tp/untrusted.py": ("reinforcer_tp.strict_json",),
     "reinforcer_tp/metrics.py": (
         "reinforcer_tp.config",
         "reinforcer_tp.environment",
@@ -50,8 +52,9 @@ ALLOWED = {
         "reinforcer_tp.hf_files",
         "reinforcer_tp.mcore",
         "reinforcer_tp.nonfinite",
-        "reinforcer_tp.untrusted",
         "reinforcer_tp.secrecy",
+        "reinforcer_tp.strict_json",
+        "reinforcer_tp.untrusted",
         "reinforcer_tp.whole_files",
     ),
     "reinforcer_tp/loop.py": (
@@ -68,7 +71,7 @@ ALLOWED = {
         "reinforcer_tp.memory",
         "reinforcer_tp.metrics",
         "reinforcer_tp.nonfinite",
-        "reinforcer_tp.stops",
+        "reinforcer_tp.lifecycle.stops",
         "reinforcer_tp.throughput",
     ),
     "reinforcer_tp/nonfinite.py": (

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from reinforcer_tp.beats import Beat, describe_frame, find_lost
-from reinforcer_tp.ending import Failure
+from reinforcer_tp.lifecycle.beats import Beat, describe_frame, find_lost
+from reinforcer_tp.lifecycle.ending import Failure
 
 
 def beat(step=5, phase="compute", *, waits=True, **others) -> Beat:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinforcer_tp.exits import MEANING, Exit
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import health_metrics
+from reinforcer_tp.lifecycle.exits import MEANING, Exit
 from reinforcer_tp.preference_losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]

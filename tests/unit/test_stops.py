@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reinforcer_tp.stops import Reason, Stopped, Stops
+from reinforcer_tp.lifecycle.stops import Reason, Stopped, Stops
 
 ALONE = SimpleNamespace(world_size=1)
 
@@ -67,7 +67,7 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(
     step_s, save_s, late_at, stops, tmp_path, monkeypatch
 ):
     now = time.monotonic()
-    monkeypatch.setattr("reinforcer_tp.stops.time.monotonic", lambda: now)
+    monkeypatch.setattr("reinforcer_tp.lifecycle.stops.time.monotonic", lambda: now)
     begin = now
     stops.open_run(tmp_path, 1000.0)
     stops._begin = begin

@@ -1,16 +1,23 @@
-"""JSON as data files must hold it: no NaN, no key twice, no half of a character, not endless."""
+"""JSON that others wrote: no NaN, no key twice, no half of a character, not endless."""
 
 import json
+import math
 from typing import Any
 
 DEPTH = 64  # lists and objects within each other; chat rows with tools need about ten
 
 
-def loads(text: str) -> Any:
-    """The value in `text`. ValueError saying what is wrong with it."""
+def parse_json(text: str | bytes) -> Any:
+    """The value in `text` (bytes: UTF-8). ValueError saying what is wrong with it."""
+    if isinstance(text, bytes):
+        text = text.decode()
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_constant,
         )
     except RecursionError:
         raise ValueError(_too_deep()) from None
@@ -46,6 +53,13 @@ def _integer(digits: str) -> int:
     value = int(digits) if len(digits) <= 20 else 2**63
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"the number {digits[:24]}{'...' * (len(digits) > 24)} has over 64 bits")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
     return value
 
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reinforcer_tp.exits import Exit
-from reinforcer_tp.position import Position
-from reinforcer_tp.processes import process_start
+from reinforcer_tp.lifecycle.exits import Exit
+from reinforcer_tp.lifecycle.position import Position
+from reinforcer_tp.lifecycle.processes import process_start
 from reinforcer_tp.whole_files import building_name
 
 NAMES = ("attempts", "heartbeat", "stop")  # in log_dir, before there is a run in it

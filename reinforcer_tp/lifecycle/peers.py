@@ -22,11 +22,11 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
-from reinforcer_tp.beats import Beat, describe_frame, find_lost
-from reinforcer_tp.ending import Ending, Failure
-from reinforcer_tp.position import LIMITED
-from reinforcer_tp.processes import machine, process_start, process_state
-from reinforcer_tp.stops import all_stacks
+from reinforcer_tp.lifecycle.beats import Beat, describe_frame, find_lost
+from reinforcer_tp.lifecycle.ending import Ending, Failure
+from reinforcer_tp.lifecycle.position import LIMITED
+from reinforcer_tp.lifecycle.processes import machine, process_start, process_state
+from reinforcer_tp.lifecycle.stops import all_stacks
 
 INTERVAL_S = 1.0
 _SHORTEST_S = 0.05  # between two beats, when steps are short
@@ -146,6 +146,7 @@ class Peers:
             step=self._position.step,
             phase=self._position.phase,
             ticks=self._position.ticks,
+            agreed=self._position.agreed,
             where=where,
             waits=waits,
             still_s=now - self._position.moved_at,
@@ -185,7 +186,8 @@ class Peers:
             self._tell_lost({self._next: beat}, _silence(beat, state, silent_s))
 
     def _look_at_all(self) -> None:
-        time.sleep(random.random() * min(self._interval_s, self._rank / 100))  # few do it at once
+        # Few do it at once; not by the global generator, whose state is the run's.
+        time.sleep(random.Random().random() * min(self._interval_s, self._rank / 100))
         if self._store.check(["failure"]):
             return  # seen in the next round
         beats = {rank: self._read(rank) for rank in range(self._world_size)}
@@ -297,4 +299,4 @@ def _connect() -> Any:
     )
     client.set_timeout(timedelta(seconds=_CALL_S))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"reinforcer_tp/peers/{attempt}", client)
+    return dist.PrefixStore(f"reinforcer_tp/lifecycle/peers/{attempt}", client)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from reinforcer_tp.position import PHASES
+from reinforcer_tp.lifecycle.position import PHASES
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _WAITING = (  # a main thread in these waits for other ranks, or may do so
     "/torch/distributed/",
     "/megatron/core/distributed/",
@@ -31,13 +31,15 @@ class Beat:
     pid: int
     start: int
     machine: str
+    agreed: int | None = None  # the last step after which it has asked whether to stop
     is_done: bool = False
     next_rank: int = -1  # what it knows of the next one
     next_silent_s: float = 0.0
 
     def place(self) -> tuple[int, int, int]:
         """Grows while a run goes on."""
-        return (-1 if self.step is None else self.step, PHASES.index(self.phase), self.ticks)
+        step, agreed = (-1 if n is None else n for n in (self.step, self.agreed))
+        return (step + agreed, PHASES.index(self.phase), self.ticks)
 
     def text(self, rank: int) -> str:
         step = "none" if self.step is None else self.step

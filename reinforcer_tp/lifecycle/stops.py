@@ -21,9 +21,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from reinforcer_tp.attempts import Attempt
-from reinforcer_tp.ending import Ending, leave
-from reinforcer_tp.position import STEP_PARTS, Position
+from reinforcer_tp.lifecycle.attempts import Attempt
+from reinforcer_tp.lifecycle.ending import Ending, leave
+from reinforcer_tp.lifecycle.position import STEP_PARTS, Position
 
 _SAME_BURST_S = 2.0  # torchrun forwards a signal that the terminal has sent already
 _LOOK_AT_PEERS_S = 0.5  # before a signal is taken for the cause: a peer may have died first
@@ -152,6 +152,9 @@ class Stops:
                 return
         if self.ending.peers is not None:
             self.ending.peers.look_now(_LOOK_AT_PEERS_S)
+            if self._in_loop and self._requested is None:  # it has begun meanwhile
+                self.request(reason)
+                return
         where = f"in phase {self.position.phase}" if self.position.step is None else "at once"
         text = f"stopped by {reason.text} {where}, {self.position.text()}; the same command goes on"
         self.ending.leave_now(text)

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from reinforcer_tp.attempts import Attempt
-from reinforcer_tp.exits import Exit, describe, error_line, known_exit
-from reinforcer_tp.position import Position
-from reinforcer_tp.processes import kill_children, machine
+from reinforcer_tp.lifecycle.attempts import Attempt
+from reinforcer_tp.lifecycle.exits import Exit, describe, error_line, known_exit
+from reinforcer_tp.lifecycle.position import Position
+from reinforcer_tp.lifecycle.processes import kill_children, machine
 
 if TYPE_CHECKING:
-    from reinforcer_tp.peers import Peers
+    from reinforcer_tp.lifecycle.peers import Peers
 
 _SPEAKER_HEAD_START_S = 20.0
 _GIVE_UP = "; the third failure in a row without progress: starting again does not help"
@@ -116,7 +116,7 @@ class Ending:
             if attempt.lacks_progress(code, cause, self.position):
                 code, text = Exit.NO_RESTART, text + _GIVE_UP
             is_first = attempt.end(code, cause, text, self.position)
-        if is_first is None and not self.is_speaker and self.peers is None:
+        if is_first is None and not self.is_speaker and self.peers is None and cause != "stop":
             # All ranks find such an error alike, and torchrun ends the rest after the first end.
             self.waits_with = code
             time.sleep(_SPEAKER_HEAD_START_S)
