@@ -139,6 +139,7 @@ def begin_checkpoint(directory: Path, step: int, attempt: str, num_bytes: int) -
     fault_point("ckpt.begin")
     with disk_errors(f"making the folder of a checkpoint in {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
+        sync_folder(directory.parent)
         free = shutil.disk_usage(directory).free
         if free < _SPARE * num_bytes:
             raise SaveError(
@@ -169,6 +170,8 @@ def write_synced(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
             file.write(chunk)
             size += len(chunk)
             if size - flushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()  # Linux tells of a failed write once
                 flushing, flushed = beside.submit(os.fdatasync, file.fileno()), size
         file.flush()
         if flushing is not None:
@@ -206,9 +209,9 @@ def _manifest_chunks(content: bytes) -> Iterator[bytes]:
     yield content[len(content) // 2 :]
 
 
-def json_chunks(content: Mapping[str, Any]) -> Iterator[bytes]:
-    """What write_synced writes of a JSON object."""
-    yield json.dumps(content, allow_nan=False).encode() + b"\n"
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A JSON file; what changes afterwards in `content` is not in it."""
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def prune_checkpoints(

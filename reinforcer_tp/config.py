@@ -319,6 +319,11 @@ class CheckpointingConfig:
         config_check.metric_key(self.metric_name)
         config_check.duration_s(self.checkpoint_must_save_by)
         require(
+            self.enabled or self.resume in ("auto", "never"),
+            f"checkpointing.resume={self.resume} needs checkpointing.enabled=true, got false; set "
+            "checkpointing.enabled=true, or remove checkpointing.resume",
+        )
+        require(
             self.resume.strip() != "",
             "checkpointing.resume is empty; expected auto, never or a step_N folder",
         )

@@ -27,7 +27,12 @@ from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count
 from reinforcer_tp.metrics import check_loggers
 from reinforcer_tp.preference_losses import WITH_MARGINS, uses_margins
-from reinforcer_tp.resume import ResumePoint, find_resume_points, identity
+from reinforcer_tp.resume import (
+    ResumePoint,
+    check_allowed_names,
+    find_resume_points,
+    identity,
+)
 from reinforcer_tp.run_directory import finished_steps
 
 
@@ -105,6 +110,9 @@ def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
     run_identity = identity(config, data.report, tokenizer_digests(tokenizer))
     points, errors = find_resume_points(config, run_identity)
     finished_step = finished_steps(config) if holds_run else None
+    if finished_step is not None and points:
+        finished_step = min(finished_step, points[0].step)  # it may go back to an earlier one
+    check_allowed_names(config)
     _check_steps(config, total_steps, points[0].step if points else 0, finished_step)
     return Inputs(
         files=files,
@@ -158,7 +166,10 @@ def check_reference_columns(config: Config, data: PreparedData) -> None:
 
 
 def _check_steps(
-    config: Config, total_steps: int, start_step: int, finished_step: int | None
+    config: Config,
+    total_steps: int,
+    start_step: int,
+    finished_step: int | None,
 ) -> None:
     if start_step > total_steps:
         raise ConfigError(

@@ -141,6 +141,8 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
         throughput.add(metrics)
         memory.trained(metrics)
         is_last, reason = step == total_steps, _asked_to_stop(run)
+        if is_last:
+            reason = None  # it stops anyway, and finishes
         is_validated = step % max(dpo.val_period, 1) == 0 or (is_last and dpo.val_at_end)
         is_validated = validates and is_validated and reason is None
         is_saved = run.writer is not None and (
@@ -152,7 +154,7 @@ def train(run: Run, *, start_step: int, total_steps: int) -> None:
             memory.validated(step, evaluate(run, step=step))
         if is_saved:
             _save(run, step, memory, at_once=is_last or reason is not None)
-        if reason is not None and not is_last:
+        if reason is not None:
             folder = Path(run.config.checkpoint_dir) / f"step_{step}" if is_saved else None
             raise Stopped(reason, step=step, total_steps=total_steps, saved=folder)
     stops.end_loop()
@@ -184,11 +186,9 @@ def _show(run: Run, step: int, metrics: Mapping[str, float | None], watch: Healt
 
 def _asked_to_stop(run: Run) -> Reason | None:
     """Why every rank stops after this step, None = it goes on. Collective."""
-    if run.writer is not None:
-        for folder in run.writer.finished():
-            run.progress.message(f"saved {folder}")
-        if run.writer.has_failed:
-            run.stops.request(Reason.SAVE)  # and the next save raises its error
+    _tell_saved(run)
+    if run.writer is not None and run.writer.has_failed:
+        run.stops.request(Reason.SAVE)  # and the next save raises its error
     return run.stops.agree(run.stage.topology)
 
 
@@ -421,5 +421,12 @@ def _save(run: Run, step: int, memory: Memory, *, at_once: bool) -> None:
     run.writer.save(step, run.stage.model, run.training, state=state, metrics=memory.latest)
     if at_once:
         run.writer.wait()
-    for folder in run.writer.finished():
-        run.progress.message(f"saved {folder}")
+    _tell_saved(run)
+
+
+def _tell_saved(run: Run) -> None:
+    for saved in run.writer.finished() if run.writer is not None else ():
+        run.stops.saved(saved.step, saved.seconds)
+        run.progress.message(f"saved {saved.folder}")
+        if saved.warning is not None:
+            run.progress.message(f"warning: {saved.warning}")

@@ -2,14 +2,23 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
-from reinforcer_tp.checkpoint_folder import prune_checkpoints, remove_left_overs, set_aside
+from reinforcer_tp.checkpoint_folder import (
+    CheckpointError,
+    prune_checkpoints,
+    remove_left_overs,
+    set_aside,
+)
 from reinforcer_tp.config import Config, fingerprint
 from reinforcer_tp.inputs import Inputs
 from reinforcer_tp.mcore.checkpoint import CheckpointWriter, together
 from reinforcer_tp.mcore.restore import first_undamaged
 from reinforcer_tp.mcore.topology import Topology
+from reinforcer_tp.resume import ResumePoint, branch_name, open_point
+
+_APPEARS_S = 60.0  # in which a network file system shows what another node has written
 
 
 def settle_resume(config: Config, inputs: Inputs, topology: Topology) -> Inputs:
@@ -18,7 +27,10 @@ def settle_resume(config: Config, inputs: Inputs, topology: Topology) -> Inputs:
     Raises CheckpointError on every rank.
     """
     section, directory = config.checkpointing, Path(config.checkpoint_dir)
-    passed_over, points = list(inputs.passed_over), inputs.resume_points
+    passed_over = list(inputs.passed_over)
+    # A network file system may show a rank an old list of folders: rank 0's counts.
+    folders = together(lambda: [p.folder for p in inputs.resume_points], CheckpointError)[0]
+    points = together(lambda: tuple(map(_open_when_there, folders)), CheckpointError)[topology.rank]
     if points:
         index, errors = first_undamaged(
             [point.folder for point in points],
@@ -30,9 +42,16 @@ def settle_resume(config: Config, inputs: Inputs, topology: Topology) -> Inputs:
     settled = dataclasses.replace(inputs, resume_points=points, passed_over=tuple(passed_over))
     if topology.is_rank_zero and section.enabled:
         remove_left_overs(directory)
-        if passed_over or _branch(config) is not None:
+        if passed_over or branch_name(config) is not None:
             set_aside(directory, settled.start_step)
     return settled
+
+
+def _open_when_there(folder: Path) -> ResumePoint:
+    deadline = time.monotonic() + _APPEARS_S
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return open_point(folder)
 
 
 def open_writer(
@@ -61,7 +80,7 @@ def open_writer(
         topology,
         described={
             "run": together(lambda: run, RuntimeError)[0],
-            "branch": _branch(config),
+            "branch": branch_name(config),
             "layout": topology.layout(),
             "fingerprint": fingerprint(config),
             "data_fingerprint": inputs.data.fingerprint,
@@ -70,9 +89,3 @@ def open_writer(
         is_async=section.async_save,
         after=prune,
     )
-
-
-def _branch(config: Config) -> str | None:
-    """The checkpoint that checkpointing.resume names."""
-    wanted = config.checkpointing.resume
-    return None if wanted in ("auto", "never") else str(Path(wanted).expanduser().resolve())

@@ -1,5 +1,6 @@
 """Where a run goes on from, and whether it is still the same run. Imports no torch."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def find_resume_points(config: Config, now: Mapping[str, Any]) -> tuple[list[Res
     errors: list[CheckpointError] = []
     for folder in folders:
         try:
-            points.append(_open(folder))
+            points.append(open_point(folder))
         except CheckpointError as error:
             if section.on_damaged == "stop":
                 raise
@@ -105,10 +106,16 @@ def find_resume_points(config: Config, now: Mapping[str, Any]) -> tuple[list[Res
     if not isinstance(saved, dict):
         raise CheckpointError(f"{first.folder / 'state.json'} does not say of which run it is")
     check_same_run(str(first.folder), saved, now, section.allow_changed)
-    return points, errors
+    others = [
+        point
+        for point in points[1:]
+        if not differences(point.state.get("identity", {}), now, section.allow_changed)
+    ]
+    return [first, *others], errors
 
 
-def _open(folder: Path) -> ResumePoint:
+def open_point(folder: Path) -> ResumePoint:
+    """Raises CheckpointError."""
     manifest = read_manifest(folder)
     check_file(folder, "state.json", manifest)
     return ResumePoint(folder=folder, manifest=manifest, state=read_json(folder / "state.json"))
@@ -121,13 +128,20 @@ def _folders(config: Config) -> list[Path]:
     if wanted in ("auto", "never"):
         return own
     named = Path(wanted).expanduser()
-    if not named.is_dir():
+    # Started again, the same command goes on from what it has saved since; the named one may be
+    # gone by then.
+    branch = [folder for folder in own if branch_of(folder) == branch_name(config)]
+    if not branch and not named.is_dir():
         raise ConfigError(
             f"checkpointing.resume={wanted} is no folder; expected auto, never or a step_N folder"
         )
-    origin = str(named.resolve())
-    # Started again, the same command goes on from what it has saved since.
-    return [folder for folder in own if branch_of(folder) == origin] + [named]
+    return [*branch, named] if named.is_dir() else branch
+
+
+def branch_name(config: Config) -> str | None:
+    """The checkpoint that checkpointing.resume names, as manifests do."""
+    wanted = config.checkpointing.resume
+    return None if wanted in ("auto", "never") else str(Path(wanted).expanduser().resolve())
 
 
 def branch_of(folder: Path) -> str | None:
@@ -136,3 +150,17 @@ def branch_of(folder: Path) -> str | None:
         return read_manifest(folder).get("branch")
     except CheckpointError:
         return None
+
+
+def check_allowed_names(config: Config) -> None:
+    """Raises ConfigError for a name in checkpointing.allow_changed that allows nothing."""
+    names = [*decisive(config), "data.train", "data.validation", *("tokenizer", "chat_template")]
+    for wanted in config.checkpointing.allow_changed:
+        if wanted != "reference" and not any(f"{n}.".startswith(f"{wanted}.") for n in names):
+            near = difflib.get_close_matches(wanted, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"checkpointing.allow_changed has {shown(wanted)}, which is not compared; expected "
+                f"keys that decide the run's numbers, data, tokenizer, chat_template or reference"
+                f"{hint}"
+            )

@@ -8,6 +8,7 @@ from types import FrameType
 from reinforcer_tp.lifecycle.position import PHASES
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_GROUPS = 4
 _WAITING = (  # a main thread in these waits for other ranks, or may do so
     "/torch/distributed/",
     "/megatron/core/distributed/",
@@ -26,8 +27,7 @@ class Beat:
     phase: str
     ticks: int
     where: str  # innermost frame of ours in the main thread
-    waits: bool  # the main thread is inside a collective
-    still_s: float  # since it moved
+    waits: bool | None  # the main thread is inside a collective; None = that cannot be seen
     pid: int
     start: int
     machine: str
@@ -60,8 +60,9 @@ def find_lost(
     silent = tuple(sorted(r for r in alive if r in stopped or silence.get(r, 0) >= silent_s))
     if silent:
         return silent, "its process does not answer"
-    busy = tuple(sorted(r for r, b in alive.items() if not b.waits))
-    if busy and len(busy) < len(alive):
+    is_blind = any(beat.waits is None for beat in alive.values())
+    busy = tuple(sorted(r for r, b in alive.items() if b.waits is False))
+    if busy and len(busy) < len(alive) and not is_blind:
         return busy, "the other ranks wait for it"
     places = {beat.place()[:2] for beat in alive.values()}
     if len(places) < 2:
@@ -69,9 +70,20 @@ def find_lost(
     first, last = max(places), min(places)
     ahead = tuple(sorted(r for r, b in alive.items() if b.place()[:2] == first))
     behind = tuple(sorted(r for r, b in alive.items() if b.place()[:2] == last))
-    if len(busy) == len(alive) or len(behind) < len(ahead):
+    if is_blind or len(busy) == len(alive) or len(behind) < len(ahead):
         return behind, "it is behind the others"
     return ahead, "it has left out a collective that the others wait in"
+
+
+def describe_all(beats: Mapping[int, Beat]) -> str:
+    """Which ranks are where, the smallest groups first."""
+    groups: dict[str, list[int]] = {}
+    for rank, beat in sorted(beats.items()):
+        step = "none" if beat.step is None else beat.step
+        groups.setdefault(f"last step {step}, phase {beat.phase}, {beat.where}", []).append(rank)
+    shown = sorted(groups.items(), key=lambda group: len(group[1]))[:_GROUPS]
+    parts = [f"{len(ranks)} ranks from {ranks[0]}: {where}" for where, ranks in shown]
+    return "; ".join(parts) + (f"; and {len(groups) - _GROUPS} more" * (len(groups) > _GROUPS))
 
 
 def describe_frame(frame: FrameType | None) -> tuple[str, bool]:

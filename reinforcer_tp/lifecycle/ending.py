@@ -78,6 +78,8 @@ class Ending:
             time.sleep(60.0)
         if self.peers is not None:
             self.peers.close()
+            # torchrun ends all once one has ended so; rank 0 may still be closing its loggers.
+            self.peers.wait_for_rank_zero(_SPEAKER_HEAD_START_S)
         if self.rank == 0:
             if self.attempt is not None:
                 self.attempt.end(Exit.REQUEUE, "stop", message, self.position)

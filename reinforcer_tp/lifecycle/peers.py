@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
-from reinforcer_tp.lifecycle.beats import Beat, describe_frame, find_lost
+from reinforcer_tp.lifecycle.beats import Beat, describe_all, describe_frame, find_lost
 from reinforcer_tp.lifecycle.ending import Ending, Failure
 from reinforcer_tp.lifecycle.position import LIMITED
 from reinforcer_tp.lifecycle.processes import machine, process_start, process_state
@@ -32,6 +32,8 @@ INTERVAL_S = 1.0
 _SHORTEST_S = 0.05  # between two beats, when steps are short
 _CONNECT_S = 86_400.0  # peers may prepare data for hours
 _CALL_S = 30.0
+_AGAIN_S = 10.0  # for another connection after one broke
+_PAUSE_S = 5.0  # between two looks of a process that runs
 _QUIET_S = 60.0  # a thread may be kept from running this long where files are read and written
 _BROKEN_S = 6.0  # within which a peer's death is seen after a collective has failed
 _OTHER_S = 0.3  # likewise after another error
@@ -58,6 +60,7 @@ class Peers:
         self._next = (self._rank + 1) % world_size
         self._seen: Beat | None = None  # of the next rank
         self._seen_at = time.monotonic()
+        self._looked_at = time.monotonic()
         self._number, self._is_done, self._hurries = 0, False, False
         self._store: Any = None
         self._wake = threading.Event()
@@ -80,6 +83,16 @@ class Peers:
             with contextlib.suppress(RuntimeError):
                 while time.monotonic() < deadline and not self._all_done():
                     time.sleep(0.05)
+
+    def wait_for_rank_zero(self, seconds: float) -> None:
+        """Until it has finished, at most `seconds`. After `close`."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):
+            while self._rank != 0 and self._store is not None and time.monotonic() < deadline:
+                beat = self._read(0)
+                if beat is None or beat.is_done:
+                    return
+                time.sleep(0.05)
 
     def _all_done(self) -> bool:
         beats = [self._read(rank) for rank in range(self._world_size)]
@@ -116,16 +129,32 @@ class Peers:
             try:
                 self._look()
             except RuntimeError as error:
-                if not self._is_done:
+                if self._is_done:
+                    return
+                if not self._connect_again():
                     self._without_store(error)
-                return
+                    return
             if self._is_done:
                 return
             time.sleep(min(_SHORTEST_S, self._interval_s))
             self._wake.wait(0.1 * self._interval_s if self._hurries else self._interval_s)
             self._wake.clear()
 
+    def _connect_again(self) -> bool:
+        """A connection may break where the store lives on."""
+        try:
+            self._store = _connect(_AGAIN_S)
+            self._store.set(f"beat{self._rank}", json.dumps(asdict(self._beat())))
+        except RuntimeError:
+            return False
+        return True
+
     def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at > max(5 * self._interval_s, _PAUSE_S):
+            # This process was suspended, and the others probably with it: count anew.
+            self._seen_at = self._position.moved_at = now
+        self._looked_at = now
         self._store.set(f"beat{self._rank}", json.dumps(asdict(self._beat())))
         if self._store.check(["failure"]):
             self._follow(Failure.from_json(self._store.get("failure").decode()))
@@ -148,8 +177,8 @@ class Peers:
             ticks=self._position.ticks,
             agreed=self._position.agreed,
             where=where,
-            waits=waits,
-            still_s=now - self._position.moved_at,
+            # With a device the host waits in any frame that reads a number from it.
+            waits=None if _has_device() else waits,
             pid=os.getpid(),
             start=self._start_ticks,
             machine=self._machine,
@@ -198,8 +227,7 @@ class Peers:
         still = f"no progress for {self._timeout_s:g} s (cluster.hang_timeout_s)"
         if lost:
             self._tell_lost({rank: known[rank] for rank in lost}, f"{still}; {why}")
-        where = f"{mine.text(self._rank)}, in {mine.where}"
-        self._tell_lost({}, f"{still} and no rank stands out: all wait in a collective; {where}")
+        self._tell_lost({}, f"{still} and no rank stands out: {describe_all(known)}")
 
     def _is_stopped(self, beat: Beat) -> bool:
         here = beat.machine == self._machine and not beat.is_done
@@ -282,12 +310,17 @@ def _silence(beat: Beat, state: str, silent_s: float) -> str:
     return f"process {beat.pid} on {_host(beat)} has been silent for {silent_s:.1f} s{stopped}"
 
 
+def _has_device() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
+
+
 def _agent_holds_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _connect() -> Any:
-    """A client of its own of the store that init_process_group uses."""
+def _connect(seconds: float = _CONNECT_S) -> Any:
+    """A client of its own of the store that init_process_group uses. Raises RuntimeError."""
     import torch.distributed as dist
 
     client = dist.TCPStore(
@@ -295,7 +328,7 @@ def _connect() -> Any:
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
-        timeout=timedelta(seconds=_CONNECT_S),
+        timeout=timedelta(seconds=seconds),
     )
     client.set_timeout(timedelta(seconds=_CALL_S))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

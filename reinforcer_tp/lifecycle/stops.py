@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from reinforcer_tp.lifecycle.position import STEP_PARTS, Position
 _SAME_BURST_S = 2.0  # torchrun forwards a signal that the terminal has sent already
 _LOOK_AT_PEERS_S = 0.5  # before a signal is taken for the cause: a peer may have died first
 _UNKNOWN_SAVE_S = 60.0  # of a save, while none was seen; at most a tenth of the limit
-_RECENT_STEPS = 20
 
 
 class Reason(IntEnum):
@@ -84,9 +82,10 @@ class Stops:
         self._stop_file: Path | None = None
         self._limit_s: float | None = None
         self._boundary_at = self._begin
-        self._step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._save_began: float | None = None
-        self._save_s: float | None = None
+        self._step_s = 0.0  # the longest, with what came before it, such as a validation
+        self._last_step_s = 0.0
+        self._num_steps = 0
+        self._save_s: float | None = None  # of the longest save
         self._listen()
 
     def _listen(self) -> None:
@@ -178,16 +177,15 @@ class Stops:
 
     def phase(self, name: str) -> None:
         """A name of position.PHASES begins."""
-        now = time.monotonic()
-        if self._save_began is not None:
-            self._save_s, self._save_began = now - self._save_began, None
-            self.position.saved_step = self.position.step
-        if name == "save":
-            self._save_began = now
         self.position.enter(name)
         self._publish()
         if name not in STEP_PARTS:
             self._beat()
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of `step` is on the disk, which took `seconds`."""
+        self.position.saved_step = step
+        self._save_s = max(seconds, self._save_s or 0.0)
 
     def tick(self) -> None:
         """Something has moved within a phase."""
@@ -196,7 +194,10 @@ class Stops:
     def step(self, step: int) -> None:
         """`step` has finished."""
         now = time.monotonic()
-        self._step_s.append(now - self._boundary_at)  # with what came between two steps
+        self._last_step_s = now - self._boundary_at  # with what came between two steps
+        if self._num_steps > 0:  # the first one compiles
+            self._step_s = max(self._step_s, self._last_step_s)
+        self._num_steps += 1
         self._boundary_at = now
         self.position.step = step
         self.position.tick()
@@ -232,7 +233,7 @@ class Stops:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
             code = int(found.item())
         self.position.agreed = self.position.step
-        if code == Reason.STOP_FILE and self.ending.rank == 0 and self._stop_file is not None:
+        if code and self.ending.rank == 0 and self._stop_file is not None:
             with contextlib.suppress(OSError):  # else the same command would stop again
                 self._stop_file.unlink()
         return Reason(code) if code else None
@@ -244,7 +245,7 @@ class Stops:
             return Reason.LAUNCHER
         if self.ending.rank != 0:
             return None
-        if self._stop_file is not None and self._stop_file.exists():
+        if self._stop_file is not None and os.path.lexists(self._stop_file):
             return Reason.STOP_FILE
         return Reason.DEADLINE if self._is_late() else None
 
@@ -255,7 +256,7 @@ class Stops:
         save_s = self._save_s
         if save_s is None:
             save_s = min(_UNKNOWN_SAVE_S, 0.1 * self._limit_s)
-        needed = max(self._step_s, default=0.0) + 1.5 * save_s
+        needed = max(self._step_s, self._last_step_s) + 1.5 * save_s
         return time.monotonic() - self._begin + needed >= self._limit_s
 
 

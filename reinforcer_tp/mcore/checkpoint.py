@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from reinforcer_tp.checkpoint_folder import (
     SaveError,
     begin_checkpoint,
     disk_errors,
-    json_chunks,
+    json_bytes,
     publish_checkpoint,
     rank_file,
     write_synced,
@@ -49,6 +49,7 @@ from reinforcer_tp.mcore.weights import weight_table
 
 _TIMEOUT = datetime.timedelta(days=1)  # a slow disk is not a dead peer
 _WRITE_BYTES = 16 << 20
+_ALIGNED = 64  # bytes
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 T = TypeVar("T")
 
@@ -58,10 +59,21 @@ class Save:
     """One checkpoint on its way to the disk: what this rank writes and what rank 0 says of it."""
 
     step: int
+    begin: float  # time.perf_counter() of the call
     tensors: dict[str, Tensor]  # contiguous; of this rank's file
     pieces: dict[str, tuple[int, int, int]]  # parameter -> (tensor-parallel rank, start, stop)
-    state: dict[str, Any]
+    state: bytes  # of state.json: the run's own goes on changing
     metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is on the disk."""
+
+    step: int
+    folder: Path
+    seconds: float  # from the call of `save`
+    warning: str | None  # what `after` could not do
 
 
 class CheckpointWriter:
@@ -86,7 +98,8 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._finished: deque[Path] = deque()
+        self._finished: deque[Saved] = deque()
+        self._host = torch.empty(0, dtype=torch.uint8)  # copies of an asynchronous save
 
     def save(
         self,
@@ -104,8 +117,9 @@ class CheckpointWriter:
         """
         begin = time.perf_counter()
         self.wait()
-        save = _collect(step, model, training, self._topology, state, metrics, copy=self._is_async)
+        save = _collect(step, model, training, self._topology, state, metrics)
         if self._is_async:
+            save = replace(save, begin=begin, tensors=self._copied(save.tensors))
             self._thread = threading.Thread(target=self._write_beside, args=(save,), daemon=True)
             self._thread.start()
         else:
@@ -126,9 +140,24 @@ class CheckpointWriter:
         """An asynchronous save on this rank did not succeed; `wait` raises its error."""
         return self._error is not None
 
-    def finished(self) -> list[Path]:
+    def finished(self) -> list[Saved]:
         """Checkpoints that became durable since the last call."""
         return [self._finished.popleft() for _ in range(len(self._finished))]
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in one buffer on the host, pinned and kept: the device is waited for once."""
+        on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors.values()]
+        if len(self._host) < sum(sizes):
+            self._host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_cuda)
+        copies, end = {}, 0
+        for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
+            part, end = self._host[end : end + tensor.nbytes], end + size
+            copy = part.view(tensor.dtype).view(tensor.shape)
+            copies[name] = copy.copy_(tensor, non_blocking=True)
+        if on_cuda:
+            torch.cuda.synchronize()
+        return copies
 
     def _write_beside(self, save: Save) -> None:
         try:
@@ -151,14 +180,22 @@ class CheckpointWriter:
         assert building is not None
         try:
             written = self._gather(lambda: _write_shard(building, rank, save))
-            folder = self._gather(lambda: self._publish(building, save, written))[0]
+            self._gather(lambda: self._publish(building, save, written))
         except BaseException:
             if rank == 0:
                 shutil.rmtree(building, ignore_errors=True)
             raise
-        if folder is not None and rank == 0:
-            self._after(save.step)
-        self._finished.append(self._directory / f"step_{save.step}")
+        warning = None
+        if rank == 0:
+            try:
+                self._after(save.step)
+            except SaveError as error:  # the checkpoint itself is there
+                warning = str(error)
+        seconds = time.perf_counter() - save.begin
+        folder = self._directory / f"step_{save.step}"
+        self._finished.append(
+            Saved(step=save.step, folder=folder, seconds=seconds, warning=warning)
+        )
 
     def _publish(self, building: Path, save: Save, written: list[Any]) -> Path | None:
         if self._topology.rank != 0:
@@ -170,8 +207,11 @@ class CheckpointWriter:
                 tensors.setdefault(name, []).append([tp_rank, start, stop, rank])
         fault_point("ckpt.state")
         with disk_errors(f"writing {building}"):
-            for name, content in (("state.json", save.state), ("tensors.json", tensors)):
-                files[name] = write_synced(building / name, json_chunks(content))
+            for name, content in (
+                ("state.json", save.state),
+                ("tensors.json", json_bytes(tensors)),
+            ):
+                files[name] = write_synced(building / name, [content])
         attempt = building.name.split(".")[1]
         described = {"step": save.step, "attempt": attempt, **self._described}
         return publish_checkpoint(building, files, described | {"metrics": save.metrics})
@@ -186,7 +226,7 @@ def together(work: Callable[[], T], raised: type[Exception], group: Any = None) 
     outcome: tuple[Any, str | None]
     try:
         outcome = work(), None
-    except (raised, OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         text = str(error) if isinstance(error, raised) else f"{type(error).__name__}: {error}"
         outcome = None, f"{text} (rank {dist.get_rank()})"
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -204,10 +244,8 @@ def _collect(
     topology: Topology,
     state: Mapping[str, Any],
     metrics: Mapping[str, float | None],
-    *,
-    copy: bool,
 ) -> Save:
-    """What this rank writes; `copy` makes it independent of the training that goes on."""
+    """What this rank writes; its tensors are the optimizer's own."""
     tensors: dict[str, Tensor] = {}
     pieces = {}
     owned_by = owned_parts(training)
@@ -229,36 +267,25 @@ def _collect(
             if name in owned.state:
                 tensors[f"{entry.name}.{name}"] = owned.state[name].view(-1)[of_main]
     tensors |= random_state.get()
-    if copy:
-        tensors = _copied(tensors)
     return Save(
         step=step,
+        begin=time.perf_counter(),
         tensors=tensors,
         pieces=pieces,
-        state={
-            **state,
-            "scheduler_steps": training.scheduler.num_steps,
-            "updates": num_updates(training),
-            "grad_scaler": scaler_state(training),
-        },
+        state=json_bytes(
+            {
+                **state,
+                "scheduler_steps": training.scheduler.num_steps,
+                "updates": num_updates(training),
+                "grad_scaler": scaler_state(training),
+            }
+        ),
         metrics=dict(metrics),
     )
 
 
 def _share(size: int, rank: int, count: int) -> tuple[int, int]:
     return size * rank // count, size * (rank + 1) // count
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, made together: pinned, so that the device is not waited for each."""
-    on_cuda = any(tensor.is_cuda for tensor in tensors.values())
-    copies = {
-        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=on_cuda).copy_(t, non_blocking=True)
-        for name, t in tensors.items()
-    }
-    if on_cuda:
-        torch.cuda.synchronize()
-    return copies
 
 
 def _write_shard(building: Path, rank: int, save: Save) -> tuple[dict[str, Any] | None, dict]:

@@ -43,6 +43,15 @@ def test_saving_beside_the_training_changes_nothing(config, tmp_path):
     for step in (4, 6, 8):
         name = f"checkpoints/step_{step}"
         assert_same_tensors(tmp_path / "beside" / name, tmp_path / "straight" / name)
+        known = [known_metrics(tmp_path / run / name) for run in ("beside", "straight")]
+        assert known[0] == known[1]
+
+
+def known_metrics(folder: Path) -> list[dict]:
+    """What the state says of the last steps, but for times."""
+    state = json.loads((folder / "state.json").read_text())
+    known = [state["latest"], *state["health"]["window"]]
+    return [{n: v for n, v in part.items() if n.startswith("train/")} for part in known]
 
 
 def assert_same_tensors(folder: Path, wanted: Path) -> None:
@@ -143,3 +152,8 @@ def test_a_run_begins_from_a_named_checkpoint(config, tmp_path):
     assert "branch/checkpoints/step_4: 4 of 6 steps" in again.stdout, again.describe()
     for step in (3, 4, 5, 6):
         assert again.train_steps()[step] == straight.train_steps()[step]
+    back = succeed(training(config, 6, store, named), tmp_path / "straight")
+    assert "step_2: 2 of 6 steps" in back.stdout, "a finished run goes back as well"
+    assert_same_steps(back, straight)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "branch").rglob("*")}
+    assert set(modes.values()) == {0o700, 0o600}, modes  # nobody else can read them

@@ -1,9 +1,11 @@
 """The folder of a checkpoint: what is accepted, what is refused by name, and what is kept."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from unittest import mock
 
 import pytest
@@ -13,7 +15,7 @@ from reinforcer_tp.checkpoint_folder import (
     CheckpointError,
     SaveError,
     check_file,
-    json_chunks,
+    json_bytes,
     list_checkpoints,
     prune_checkpoints,
     read_manifest,
@@ -22,7 +24,7 @@ from reinforcer_tp.checkpoint_folder import (
     write_synced,
 )
 from reinforcer_tp.config import ConfigError, load_config
-from reinforcer_tp.resume import differences, find_resume_points
+from reinforcer_tp.resume import check_allowed_names, differences, find_resume_points
 
 IDENTITY = {"dpo.seed": 42, "data.train": "abc", "chat_template": "t", "policy.model_name": "m"}
 HERE = {"run": "r", "branch": None, "layout": {"world_size": 1}}
@@ -34,8 +36,8 @@ def write(directory, step, metrics=None, identity=IDENTITY, **described):
     building = checkpoint_folder.begin_checkpoint(directory, step, attempt, 100)
     chunks = {
         "rank_00000.safetensors": [b"some", f"bytes of {step}".encode()],
-        "state.json": json_chunks({"identity": identity}),
-        "tensors.json": json_chunks({}),
+        "state.json": [json_bytes({"identity": identity})],
+        "tensors.json": [json_bytes({})],
     }
     files = {name: write_synced(building / name, parts) for name, parts in chunks.items()}
     described = HERE | described | {"step": step, "attempt": attempt, "metrics": metrics or {}}
@@ -55,6 +57,22 @@ def test_the_digest_is_of_the_bytes_in_memory(tmp_path):
     assert record == {"bytes": 100_000, "sha256": hashlib.sha256(content).hexdigest()}
     with pytest.raises(FileExistsError):
         write_synced(tmp_path / "file", [b""])
+
+
+def test_a_disk_error_that_is_told_once_early_on_is_not_lost(tmp_path, monkeypatch):
+    """Linux reports a failed write to the first sync only: the last one says that all is well."""
+    calls = []
+
+    def fails_first(file):
+        calls.append(file)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fails_first)
+    monkeypatch.setattr(checkpoint_folder, "_FLUSH_BYTES", 10)
+    chunks = (time.sleep(0.02) or bytes(20) for _ in range(10))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_synced(tmp_path / "file", chunks)
 
 
 def test_a_written_checkpoint_is_accepted(tmp_path):
@@ -229,6 +247,9 @@ def test_a_named_checkpoint_and_what_was_saved_since(tmp_path):
     write(tmp_path, 6, branch=str((tmp_path / "step_4").resolve()))
     points, _ = find_resume_points(named, IDENTITY)  # the same command again
     assert [point.step for point in points] == [6]
+    shutil.rmtree(tmp_path / "step_4")  # retention may delete what the run began from
+    points, _ = find_resume_points(named, IDENTITY)
+    assert [point.step for point in points] == [6]
     for wrong in (tmp_path / "step_5", "newest"):
         with pytest.raises(ConfigError, match="expected auto, never or a step_N folder"):
             find_resume_points(config_for(tmp_path, f"checkpointing.resume={wrong}"), IDENTITY)
@@ -255,6 +276,30 @@ def test_a_state_without_identity_is_no_checkpoint_of_a_run(tmp_path):
     write(tmp_path, 4, identity=None)
     with pytest.raises(CheckpointError, match=r"state\.json does not say of which run"):
         find_resume_points(config_for(tmp_path), IDENTITY)
+
+
+def test_an_older_checkpoint_of_another_run_is_no_way_back(tmp_path):
+    """A run that changed its seed, by name, does not fall back to before the change."""
+    write(tmp_path, 4, identity=IDENTITY | {"dpo.seed": 1})
+    write(tmp_path, 8)
+    points, _ = find_resume_points(
+        config_for(tmp_path, "checkpointing.on_damaged=previous"), IDENTITY
+    )
+    assert [point.step for point in points] == [8]
+
+
+def test_names_that_allow_nothing_are_refused(tmp_path):
+    for name in ("dpo.sed", "dpo.s", "logger.log_dir", "checkpointing"):
+        config = config_for(tmp_path, f"checkpointing.allow_changed=[{name}]")
+        with pytest.raises(ConfigError, match=f"allow_changed has {name}, which is not compared"):
+            check_allowed_names(config)
+    names = "dpo.seed,dpo,data,data.train,tokenizer,chat_template,reference,policy.megatron_cfg"
+    check_allowed_names(config_for(tmp_path, f"checkpointing.allow_changed=[{names}]"))
+
+
+def test_a_named_checkpoint_needs_checkpoints(tmp_path):
+    with pytest.raises(ConfigError, match=r"resume=.* needs checkpointing\.enabled=true"):
+        config_for(tmp_path, "checkpointing.enabled=false", f"checkpointing.resume={tmp_path}")
 
 
 def test_differences_of_missing_keys():

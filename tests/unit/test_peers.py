@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 import pytest
 
-from reinforcer_tp.lifecycle.beats import Beat, describe_frame, find_lost
+from reinforcer_tp.lifecycle.beats import Beat, describe_all, describe_frame, find_lost
 from reinforcer_tp.lifecycle.ending import Failure
 
 
 def beat(step=5, phase="compute", *, waits=True, **others) -> Beat:
-    fixed = {"number": 1, "ticks": 9, "where": "", "still_s": 9.0, "pid": 1, "start": 1}
+    fixed = {"number": 1, "ticks": 9, "where": "", "pid": 1, "start": 1}
     return Beat(step=step, phase=phase, waits=waits, **{**fixed, "machine": "m", **others})
 
 
@@ -23,8 +23,10 @@ def beat(step=5, phase="compute", *, waits=True, **others) -> Beat:
         ([beat(), beat(next_rank=2, next_silent_s=3.5), beat()], set(), (2,)),
         ([beat(), beat(next_rank=2, next_silent_s=0.5), beat(waits=False)], set(), (2,)),
         ([beat(), beat(4, "optimizer", waits=False), beat()], set(), (1,)),
-        # on a GPU nobody is seen to wait
-        ([beat(waits=False), beat(waits=False), beat(phase="step", waits=False)], set(), (2,)),
+        # with a GPU nobody is seen to wait: only who is behind can be named
+        ([beat(waits=None), beat(waits=None), beat(phase="step", waits=None)], set(), (2,)),
+        ([beat(waits=None), beat(waits=None)], set(), ()),
+        ([beat(waits=None), beat(phase="step", waits=None)], set(), (1,)),
         # all wait: who is ahead has left out a collective; one that is alone behind made one more
         ([beat(), beat(phase="optimizer"), beat()], set(), (1,)),
         ([beat(phase="optimizer"), beat(), beat(phase="optimizer")], set(), (1,)),
@@ -74,3 +76,10 @@ def test_a_frame_in_a_collective_waits():
     assert found[1] and found[0].startswith("reinforcer_tp/mcore/topology.py:")
     assert found[0].endswith("in check_same_everywhere")
     assert describe_frame(sys._getframe()) == ("no frame of ours", False)
+
+
+def test_where_all_ranks_are_in_one_line():
+    beats = {rank: beat() for rank in range(6)} | {4: beat(7, "save")}
+    text = describe_all(beats)
+    assert text.startswith("1 ranks from 4: last step 7, phase save")
+    assert "5 ranks from 0: last step 5, phase compute" in text

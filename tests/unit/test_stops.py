@@ -76,9 +76,7 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(
         now += seconds
         stops.step(step)
     if save_s is not None:
-        stops.phase("save")
-        now += save_s
-        stops.phase("step")
+        stops.saved(2, save_s)
     now = begin + late_at - 1
     assert stops.agree(ALONE) is None
     now = begin + late_at + 1
