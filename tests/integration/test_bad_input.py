@@ -324,5 +324,10 @@ def assert_refused(result: RunResult, case: Bad, under_torchrun: bool) -> None:
     if not under_torchrun:  # which adds its own report
         assert len(lines) == 1, result.describe()
         assert "Traceback" not in result.stderr, result.describe()
-    left = sorted(path for path in result.log_dir.rglob("*") if path.is_file())
+    files = {str(p.relative_to(result.log_dir)) for p in result.log_dir.rglob("*") if p.is_file()}
+    left = files - {"heartbeat", "attempts/0001/attempt.json", "attempts/0001/exit.json"}
     assert not left, f"half-written output: {left}\n{result.describe()}"
+    if files:  # a mistake in the configuration is found before anything is written
+        ended = json.loads((result.log_dir / "attempts/0001/exit.json").read_text())
+        assert ended["code"] in (65, 78) and f"error[{ended['code']}]" in lines[0]
+        assert ended["code"] == result.returncode or case.nproc is not None
