@@ -21,7 +21,7 @@ MEANING = {  # of the README's table, too
     Exit.IO: "The disk: no space, no permission, a failing device.",
     Exit.REQUEUE: "Stopped by a signal, the stop file or the deadline, or a process was lost: the "
     "same command goes on.",
-    Exit.CONFIG: "The configuration is wrong; nothing was started.",
+    Exit.CONFIG: "The configuration is wrong; nothing was trained.",
     Exit.NO_RESTART: "The third failure in a row at the same step: starting again does not help.",
 }
 KNOWN = {  # classes that say in one line all there is to say, by name: nothing is imported for it
