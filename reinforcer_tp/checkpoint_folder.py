@@ -23,7 +23,7 @@ from typing import Any
 
 from reinforcer_tp import untrusted
 from reinforcer_tp.faultpoints import fault_point
-from reinforcer_tp.whole_files import sync_folder
+from reinforcer_tp.whole_files import building_name, sync_folder
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -46,6 +46,10 @@ class SaveError(RuntimeError):
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def list_checkpoints(directory: Path) -> dict[int, Path]:
@@ -129,9 +133,31 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
 
 
+@contextmanager
+def told_as_damage(what: str) -> Iterator[None]:
+    """An error of reading `what` of a state.json whose digest is right -> CheckpointError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint's state.json holds no {what} of ours ({kind}: {error}); it was not "
+            "written by this program"
+        ) from error
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Raises SaveError where no checkpoint could be written, before the first is due."""
+    probe = building_name(directory)
+    with disk_errors(f"making checkpointing.checkpoint_dir={directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
 
 
 def begin_checkpoint(directory: Path, step: int, attempt: str, num_bytes: int) -> Path:
@@ -143,8 +169,8 @@ def begin_checkpoint(directory: Path, step: int, attempt: str, num_bytes: int) -
         free = shutil.disk_usage(directory).free
         if free < _SPARE * num_bytes:
             raise SaveError(
-                f"a checkpoint of step {step} needs {num_bytes / 2**30:.2f} GiB and a tenth more, "
-                f"but the disk of {directory} has {free / 2**30:.2f} GiB free; free space, lower "
+                f"a checkpoint of step {step} needs {num_bytes / 2**20:,.1f} MiB and a tenth more, "
+                f"but the disk of {directory} has {free / 2**20:,.1f} MiB free; free space, lower "
                 "checkpointing.keep_top_k, or choose another checkpointing.checkpoint_dir"
             )
         building = directory / f"step_{step}.{attempt}.partial"

@@ -85,7 +85,9 @@ def duration_s(text: str | None) -> float | None:
         "DD:HH:MM:SS after the start, such as 00:03:45:00; quote it in YAML",
     )
     days, hours, minutes, seconds = map(int, match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    found = float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    require(found > 0, "checkpointing.checkpoint_must_save_by is no time at all; expected more")
+    return found
 
 
 def metric_key(name: str | None) -> str | None:

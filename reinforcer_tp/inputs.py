@@ -27,12 +27,7 @@ from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count
 from reinforcer_tp.metrics import check_loggers
 from reinforcer_tp.preference_losses import WITH_MARGINS, uses_margins
-from reinforcer_tp.resume import (
-    ResumePoint,
-    check_allowed_names,
-    find_resume_points,
-    identity,
-)
+from reinforcer_tp.resume import ResumePoint, find_resume_points, identity
 from reinforcer_tp.run_directory import finished_steps
 
 
@@ -47,7 +42,7 @@ class Inputs:
     total_steps: int  # optimizer steps of the whole run
     identity: dict[str, Any]  # what a resumed run must have in common with its checkpoint
     resume_points: tuple[ResumePoint, ...]  # checkpoints to go on from, the best first
-    passed_over: tuple[str, ...]  # what is wrong with better ones
+    passed_over: tuple[str, ...]  # what is wrong with better ones, what became of later ones
     finished_step: int | None  # where this run ended before; None = it has not
 
     @property
@@ -112,7 +107,6 @@ def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
     finished_step = finished_steps(config) if holds_run else None
     if finished_step is not None and points:
         finished_step = min(finished_step, points[0].step)  # it may go back to an earlier one
-    check_allowed_names(config)
     _check_steps(config, total_steps, points[0].step if points else 0, finished_step)
     return Inputs(
         files=files,

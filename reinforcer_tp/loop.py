@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from reinforcer_tp.batches import micro_batching, train_rows, validation_batches
+from reinforcer_tp.checkpoint_folder import told_as_damage
 from reinforcer_tp.config import Config
 from reinforcer_tp.config_check import METRICS
 from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
@@ -172,7 +173,8 @@ def _memory(run: Run) -> Memory:
     )
     memory = Memory(watch=watch)
     if run.restored:
-        memory.restore(run.restored)
+        with told_as_damage("health, latest or history"):
+            memory.restore(run.restored)
     return memory
 
 

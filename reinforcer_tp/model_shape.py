@@ -6,10 +6,12 @@ Imports neither torch nor transformers. Used by `--check`; training reads the mo
 import threading
 from pathlib import Path
 
-from reinforcer_tp.config_check import ConfigError, require
+from reinforcer_tp.config_check import ConfigError, require, shown
 from reinforcer_tp.pipeline_layout import stage_layers
 from reinforcer_tp.strict_json import parse_json
 from reinforcer_tp.untrusted import CONFIG_BYTES, read_json
+
+_MAX_LAYERS = 10_000  # a config.json may say anything, and every layer is looked for
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPE_KEYS = (
@@ -105,7 +107,12 @@ def validate_model(config, shape: dict) -> None:
     layers or positions do not fit; the vocabulary always fits (it is padded to tp).
     """
     model, megatron = config.policy.model_name, config.policy.megatron_cfg
-    model_type = shape.get("model_type")
+    model_type, layers = shape.get("model_type"), shape.get("num_hidden_layers")
+    require(
+        not isinstance(layers, int) or layers <= _MAX_LAYERS,
+        f"policy.model_name={model} has num_hidden_layers={shown(layers)}; expected at "
+        f"most {_MAX_LAYERS}",
+    )
     require(
         model_type in SUPPORTED_MODEL_TYPES,
         f"policy.model_name={model} is of model_type {model_type!r}, which is not built; "

@@ -70,6 +70,8 @@ class SkippedSteps:
             text += f". The {self.in_row} steps before it were skipped"
             if self.in_row >= limit:
                 text += f", as many in a row as dpo.max_nonfinite_steps={limit} allows"
+        if dpo.on_nonfinite == "skip" and not trouble.can_skip:
+            text += ". The next step would meet it again, so dpo.on_nonfinite=skip does not help"
         advice = "lower policy.megatron_cfg.optimizer.lr, or look at the rows and at the model's"
         if dpo.on_nonfinite == "stop" and trouble.can_skip:
             advice = f"dpo.on_nonfinite=skip goes on without such batches; {advice}"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from reinforcer_tp.checkpoint_folder import (
     CheckpointError,
+    SaveError,
+    check_writable,
     prune_checkpoints,
     remove_left_overs,
     set_aside,
@@ -39,12 +41,19 @@ def settle_resume(config: Config, inputs: Inputs, topology: Topology) -> Inputs:
         )
         passed_over += errors
         points = points[index : index + 1]
-    settled = dataclasses.replace(inputs, resume_points=points, passed_over=tuple(passed_over))
-    if topology.is_rank_zero and section.enabled:
-        remove_left_overs(directory)
-        if passed_over or branch_name(config) is not None:
-            set_aside(directory, settled.start_step)
-    return settled
+    notes = [f"passed over a damaged checkpoint: {text.split('; ')[0]}" for text in passed_over]
+    start_step = points[0].step if points else 0
+
+    def clean_up() -> None:
+        if topology.is_rank_zero and section.enabled:
+            check_writable(directory)
+            remove_left_overs(directory)
+            if passed_over or branch_name(config) is not None:
+                aside = set_aside(directory, start_step)
+                notes.extend(f"renamed a checkpoint past step {start_step}: {p}" for p in aside)
+
+    together(clean_up, SaveError)
+    return dataclasses.replace(inputs, resume_points=points, passed_over=tuple(notes))
 
 
 def _open_when_there(folder: Path) -> ResumePoint:

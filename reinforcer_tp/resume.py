@@ -9,6 +9,7 @@ from typing import Any
 from reinforcer_tp.checkpoint_folder import (
     CheckpointError,
     check_file,
+    is_checkpoint_name,
     list_checkpoints,
     read_json,
     read_manifest,
@@ -131,9 +132,10 @@ def _folders(config: Config) -> list[Path]:
     # Started again, the same command goes on from what it has saved since; the named one may be
     # gone by then.
     branch = [folder for folder in own if branch_of(folder) == branch_name(config)]
-    if not branch and not named.is_dir():
+    if not branch and not (named.is_dir() and is_checkpoint_name(named.resolve().name)):
         raise ConfigError(
-            f"checkpointing.resume={wanted} is no folder; expected auto, never or a step_N folder"
+            f"checkpointing.resume={wanted} is no checkpoint; expected auto, never or a "
+            "step_N folder"
         )
     return [*branch, named] if named.is_dir() else branch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcer_tp.batches import micro_batching, train_rows
-from reinforcer_tp.checkpoint_folder import SaveError
+from reinforcer_tp.checkpoint_folder import SaveError, told_as_damage
 from reinforcer_tp.config import Config, to_yaml
 from reinforcer_tp.data.prepare import format_report
 from reinforcer_tp.data.token_report import token_report
@@ -94,7 +94,7 @@ def _open_logs(
     write_run_directory(config, environment_info(topology.layout()), report)
     progress.message(format_report(report))
     for damage in inputs.passed_over:
-        progress.message(f"warning: passed over a damaged checkpoint: {damage}")
+        progress.message(f"warning: {damage}")
     settings = dataclasses.asdict(config)
     return open_loggers(config.logger, config.logger.log_dir, settings, inputs.start_step)
 
@@ -118,6 +118,10 @@ def _open_run(
         folder, steps = inputs.resumed.folder, f"{inputs.start_step} of {inputs.total_steps} steps"
         restored = load_checkpoint(folder, stage.model, training, topology, is_verified=True)
         progress.message(f"resumed {folder}: {steps}")
+    skips = SkippedSteps()
+    if restored:
+        with told_as_damage("skips"):
+            skips = SkippedSteps.from_json(restored["skips"])
     return Run(
         config=config,
         stops=stops,
@@ -131,7 +135,7 @@ def _open_run(
         writer=open_writer(config, inputs, topology, references.digest),
         identity=inputs.identity,
         restored=restored,
-        skips=SkippedSteps.from_json(restored["skips"]) if restored else SkippedSteps(),
+        skips=skips,
         sweep_s=references.seconds,
         sweep_tokens=references.num_tokens,
         starts_at_reference=references.is_policy,

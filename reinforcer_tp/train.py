@@ -48,10 +48,12 @@ def exit_code(argv: list[str], stops: Stops) -> int:
 
 def configure_and_train(argv: list[str], stops: Stops) -> int:
     from reinforcer_tp.config import load_config
+    from reinforcer_tp.resume import check_allowed_names
 
     make_files_private()
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
+    check_allowed_names(config)
     if arguments.check:
         return check(config)
     config.validate(_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -109,10 +111,13 @@ def check(config: Config) -> int:
 def prepare_and_train(config: Config, stops: Stops) -> int:
     """First what needs no process group, so that bad files end every rank alike; then the run."""
     from reinforcer_tp.config_check import duration_s
+    from reinforcer_tp.lifecycle.run_lock import hold_run
     from reinforcer_tp.run_directory import check_run_directory
 
     holds_run = check_run_directory(config)
     limit_s = duration_s(config.checkpointing.checkpoint_must_save_by)
+    if stops.ending.rank == 0:
+        hold_run(Path(config.logger.log_dir))
     stops.open_run(Path(config.logger.log_dir), limit_s)
     quiet_libraries()
     from reinforcer_tp.inputs import open_inputs

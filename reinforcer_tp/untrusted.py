@@ -52,7 +52,7 @@ def read_json(path: Path, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     """
     try:
         if not path.is_file():  # a pipe would never end
-            raise ValueError(f"{path} is no file; expected a JSON object")
+            raise ValueError(f"{path} cannot be read: it is no file; expected a JSON object")
         with open(path, "rb") as file:
             content = file.read(max_bytes + 1)
     except OSError as error:

@@ -140,14 +140,13 @@ class Attempt:
         folder = self.folder()
         if folder is None or (cause != "lost" and code not in _NO_PROGRESS):
             return False
-        here = (position.start_step, position.step)
         number, before = int(folder.name), 0
         for earlier in reversed([n for n in _numbers(folder.parent) if n < number]):
             ended = _read(folder.parent / f"{earlier:04d}" / "exit.json")
             if not ended:  # killed without a word
                 continue
             counts = ended["cause"] == "lost" or ended["code"] in _NO_PROGRESS
-            if not counts or (ended["start_step"], ended["step"]) != here:
+            if not counts or ended["step"] != position.step:
                 break
             before += 1
         return before >= IN_A_ROW - 1

@@ -19,8 +19,8 @@ MEANING = {  # of the README's table, too
     Exit.DATA: "Data, model files or a checkpoint cannot be used as they are; the line names them.",
     Exit.INTERNAL: "A number that is not finite, a wrong first loss, or an error of the program.",
     Exit.IO: "The disk: no space, no permission, a failing device.",
-    Exit.REQUEUE: "Stopped by a signal, the stop file or the deadline, or a process was lost: the "
-    "same command goes on.",
+    Exit.REQUEUE: "Stopped by a signal, the stop file or the deadline, a process was lost, or the "
+    "folder is in use: the same command goes on.",
     Exit.CONFIG: "The configuration is wrong; nothing was trained.",
     Exit.NO_RESTART: "The third failure in a row at the same step: starting again does not help.",
 }
@@ -29,6 +29,7 @@ KNOWN = {  # classes that say in one line all there is to say, by name: nothing 
     "CheckpointError": Exit.DATA,
     "SaveError": Exit.IO,
     "StoreError": Exit.IO,
+    "RunInUseError": Exit.REQUEUE,
     "NonFiniteError": Exit.INTERNAL,
     "FirstStepError": Exit.INTERNAL,
 }
@@ -62,7 +63,7 @@ def describe(error: BaseException) -> str:
             "policy.train_micro_batch_size, or raise "
             "policy.megatron_cfg.tensor_model_parallel_size or pipeline_model_parallel_size"
         )
-    if names & set(KNOWN) or type(error) is ValueError:
+    if names & {*KNOWN, "ValueError"}:
         return text
     return f"{type(error).__name__}: {text[:500]}".removesuffix(": ")
 

@@ -215,6 +215,7 @@ class Stops:
     def begin_loop(self, start_step: int) -> None:
         """From here on `agree` is called after each step."""
         self.position.step = self.position.start_step = start_step
+        self.position.saved_step = start_step or None
         self._boundary_at = time.monotonic()
         self._in_loop = True
 
@@ -245,7 +246,7 @@ class Stops:
             return Reason.LAUNCHER
         if self.ending.rank != 0:
             return None
-        if self._stop_file is not None and os.path.lexists(self._stop_file):
+        if self._stop_file is not None and os.path.isfile(self._stop_file):
             return Reason.STOP_FILE
         return Reason.DEADLINE if self._is_late() else None
 

@@ -180,8 +180,17 @@ def load_checkpoint(
 
     def restore() -> dict[str, Any]:
         state = read_json(folder / "state.json")
-        saved = SavedTensors(folder, read_manifest(folder), model.shape)
-        _restore(saved, model, training, topology, state)
+        for name in ("updates", "scheduler_steps"):
+            if not isinstance(state.get(name), int) or state[name] < 0:
+                raise CheckpointError(f"{folder / 'state.json'} has no number of {name}")
+        try:
+            saved = SavedTensors(folder, read_manifest(folder), model.shape)
+            _restore(saved, model, training, topology, state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            kind = type(error).__name__
+            raise CheckpointError(f"{folder} is no checkpoint of ours: {kind}: {error}") from error
         return state
 
     state = together(restore, CheckpointError)[topology.rank]

@@ -16,7 +16,7 @@ from reinforcer_tp.checkpoint_folder import (
     CheckpointError,
     begin_checkpoint,
     check_file,
-    json_chunks,
+    json_bytes,
     publish_checkpoint,
     rank_file,
     read_json,
@@ -129,9 +129,9 @@ def _make_checkpoint(folder: Path) -> None:
     tensors = save({"w.master": torch.zeros(4)})
     files = {
         rank_file(0): write_synced(building / rank_file(0), [tensors]),
-        "state.json": write_synced(building / "state.json", json_chunks({"step": 1})),
+        "state.json": write_synced(building / "state.json", [json_bytes({"step": 1})]),
         "tensors.json": write_synced(
-            building / "tensors.json", json_chunks({"w.master": [[0, 0, 4, 0]]})
+            building / "tensors.json", [json_bytes({"w.master": [[0, 0, 4, 0]]})]
         ),
     }
     layout = {"tensor_model_parallel_size": 1}

@@ -152,7 +152,7 @@ def test_a_checkpoint_written_again_replaces_the_other(tmp_path):
 def test_there_must_be_room(tmp_path):
     with (
         mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=2**30)),
-        pytest.raises(SaveError, match=r"needs 0\.95 GiB and a tenth more.* 1\.00 GiB free"),
+        pytest.raises(SaveError, match=r"needs 972\.8 MiB and a tenth more.* 1,024\.0 MiB free"),
     ):
         checkpoint_folder.begin_checkpoint(tmp_path, 3, "0" * 16, int(0.95 * 2**30))
     assert not list(tmp_path.iterdir())

@@ -132,7 +132,7 @@ CRASH, LOST, STOP = (70, "error", 4, 7), (75, "lost", 4, 7), (75, "stop", 4, 7)
         ([CRASH], False),
         ([CRASH, STOP], False),
         ([CRASH, (70, "error", 4, 6)], False),
-        ([(70, "error", 0, 7), CRASH], False),  # it had got to a checkpoint in between
+        ([(70, "error", 0, 7), CRASH], True),  # wherever it began, it ends at the same step
         ([CRASH, CRASH, (0, "done", 4, 7)], False),
         ([CRASH, CRASH, (78, "error", 4, 7)], False),
     ],

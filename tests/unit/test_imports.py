@@ -59,6 +59,7 @@ ALLOWED = {
     ),
     "reinforcer_tp/loop.py": (
         "reinforcer_tp.batches",
+        "reinforcer_tp.checkpoint_folder",
         "reinforcer_tp.config",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data",
