@@ -7,7 +7,7 @@ from typing import Any
 DEPTH = 64  # lists and objects within each other; chat rows with tools need about ten
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, integer_bits: int = 64) -> Any:
     """The value in `text` (bytes: UTF-8). ValueError saying what is wrong with it."""
     if isinstance(text, bytes):
         text = text.decode()
@@ -15,7 +15,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=_object,
-            parse_int=_integer,
+            parse_int=lambda digits: _integer(digits, integer_bits),
             parse_float=_finite,
             parse_constant=_constant,
         )
@@ -49,10 +49,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     return result
 
 
-def _integer(digits: str) -> int:
-    value = int(digits) if len(digits) <= 20 else 2**63
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"the number {digits[:24]}{'...' * (len(digits) > 24)} has over 64 bits")
+def _integer(digits: str, bits: int) -> int:
+    end = 2 ** (bits - 1)
+    value = int(digits) if len(digits) <= bits else end  # endless digits take quadratic time
+    if not -end <= value < end:
+        shown = digits[:24] + "..." * (len(digits) > 24)
+        raise ValueError(f"the number {shown} has over {bits} bits")
     return value
 
 

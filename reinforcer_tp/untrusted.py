@@ -45,7 +45,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = CONFIG_BYTES, integer_bits: int = 64) -> dict[str, Any]:
     """The object in a JSON file: UTF-8, no key twice, only finite numbers, not too deep.
 
     Raises ValueError in one line that names the file.
@@ -60,7 +60,7 @@ def read_json(path: Path, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     if len(content) > max_bytes:
         raise ValueError(f"{path} is larger than {max_bytes:,} bytes; expected a JSON object")
     try:
-        value = parse_json(content)
+        value = parse_json(content, integer_bits)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as JSON: {reason}") from error

@@ -70,7 +70,8 @@ def check_tokenizer_folder(folder: Path) -> None:
         if path.stat().st_size > limit:
             raise ValueError(f"{path} is larger than {limit:,} bytes")
         if path.name in _SETTINGS:
-            content = read_json(path, INDEX_BYTES)
+            # transformers writes a model_max_length of 1e30, all digits, where there is none
+            content = read_json(path, INDEX_BYTES, integer_bits=128)
             refuse_code(content, path)
             _check_settings(content, path)
 

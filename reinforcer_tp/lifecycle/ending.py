@@ -122,9 +122,10 @@ class Ending:
             # All ranks find such an error alike, and torchrun ends the rest after the first end.
             self.waits_with = code
             time.sleep(_SPEAKER_HEAD_START_S)
-        if is_first is not False:
+        # Without an attempt nobody knows who was first; a launcher that ends all signals each.
+        if is_first or is_first is None and (self.is_speaker or cause != "stop"):
             _print(error_line(code, text))
-        else:
+        elif is_first is False:
             code = Exit(attempt.ended().get("code", code))
         if self.peers is not None:
             failure = Failure(code=code, cause=cause, message=text, machine=machine())

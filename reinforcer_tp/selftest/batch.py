@@ -103,7 +103,7 @@ def of_configuration(path: str, overrides: Sequence[str], max_pairs: int) -> Bat
     from reinforcer_tp.inputs import open_inputs
 
     alone = load_config(path, [*overrides, *ON_CPU, *BASELINE])
-    inputs = open_inputs(alone, holds_run=False, world_size=1)
+    inputs = open_inputs(alone, holds_run=False)
     shape, train = inputs.files.hf_config.to_dict(), inputs.data.train
     validate_model(own, shape)
     rows = train_rows(own, len(train), 1)

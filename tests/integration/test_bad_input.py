@@ -325,7 +325,8 @@ def assert_refused(result: RunResult, case: Bad, under_torchrun: bool) -> None:
         assert len(lines) == 1, result.describe()
         assert "Traceback" not in result.stderr, result.describe()
     files = {str(p.relative_to(result.log_dir)) for p in result.log_dir.rglob("*") if p.is_file()}
-    left = files - {"heartbeat", "attempts/0001/attempt.json", "attempts/0001/exit.json"}
+    records = ("lock", "0001/attempt.json", "0001/exit.json")
+    left = files - {"heartbeat", *(f"attempts/{name}" for name in records)}
     assert not left, f"half-written output: {left}\n{result.describe()}"
     if files:  # a mistake in the configuration is found before anything is written
         ended = json.loads((result.log_dir / "attempts/0001/exit.json").read_text())

@@ -85,7 +85,7 @@ def test_the_limit_on_time_is_of_each_row_not_of_all():
     tokenizer = toy_tokenizer(chat_template=busy + CHATML)
     row = Conversation(PAIR.prompt, PAIR.chosen, PAIR.rejected, {})
     begin = os.times()
-    assert len(render(tokenizer, [row] * 70)) == 70
+    assert len(render(tokenizer, [row] * 100)) == 100
     stop_rendering()  # which adds the child's time to ours
     assert os.times().children_user - begin.children_user > 3
 
