@@ -12,6 +12,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch.distributed as dist
@@ -211,19 +212,26 @@ def look(directory: Path, good: Path, named: str, topology) -> str:
 def choose(directory: Path, topology, on_damaged: str) -> tuple[int, list]:
     """What train.py does: manifests before there is a process group, then every byte."""
     from reinforcer_tp.checkpoint_folder import CheckpointError
-    from reinforcer_tp.config import CheckpointingConfig, load_config
+    from reinforcer_tp.config import CheckpointingConfig
     from reinforcer_tp.mcore.checkpoint import together
     from reinforcer_tp.mcore.restore import first_undamaged
     from reinforcer_tp.resume import find_resume_points
 
     config = dataclasses.replace(
-        load_config(None, ["policy.model_name=m"]),
+        any_config(),
         checkpointing=CheckpointingConfig(checkpoint_dir=str(directory), on_damaged=on_damaged),
     )
     points, errors = together(lambda: find_resume_points(config, {}), CheckpointError)[0]
     folders = [point.folder for point in points]
     index, more = first_undamaged(folders, topology, may_fall_back=on_damaged == "previous")
     return points[index].step, errors + more
+
+
+@cache  # YAML is slow
+def any_config():
+    from reinforcer_tp.config import load_config
+
+    return load_config(None, ["policy.model_name=m"])
 
 
 def same(folder: Path, good: Path) -> bool:
