@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import takewhile
 from typing import NoReturn
 from urllib.parse import quote, quote_plus
@@ -30,7 +31,8 @@ _FORMS = re.compile(
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with *** for values of secret-looking environment variables and for credentials."""
-    values = _secret_values(os.environ if environment is None else environment)
+    variables = os.environ if environment is None else environment
+    values = _secret_values(tuple(variables.items()))
     for value in values:
         text = text.replace(value, HIDDEN)
     for value in values:
@@ -56,10 +58,11 @@ def holds_secret(text: str, environment: Mapping[str, str] | None = None) -> boo
     return redact(text, environment) != text
 
 
-def _secret_values(environment: Mapping[str, str]) -> list[str]:
+@lru_cache(maxsize=4)  # every text of a configuration asks
+def _secret_values(variables: tuple[tuple[str, str], ...]) -> list[str]:
     """Longest first, so that none is left in part; also as a URL, a repr or JSON spells them."""
     found = set()
-    for name, value in environment.items():
+    for name, value in variables:
         password = _password(value)
         for secret in filter(None, (value if _NAME.search(name) else None, password)):
             secret = secret.strip()
