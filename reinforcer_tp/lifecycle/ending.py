@@ -123,7 +123,7 @@ class Ending:
             self.waits_with = code
             time.sleep(_SPEAKER_HEAD_START_S)
         # Without an attempt nobody knows who was first; a launcher that ends all signals each.
-        if is_first or is_first is None and (self.is_speaker or cause != "stop"):
+        if is_first or (is_first is None and (self.is_speaker or cause != "stop")):
             _print(error_line(code, text))
         elif is_first is False:
             code = Exit(attempt.ended().get("code", code))
