@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 
 from reinforcer_tp import untrusted
 from reinforcer_tp.faultpoints import fault_point
-from reinforcer_tp.whole_files import building_name, sync_folder
+from reinforcer_tp.whole_files import sync_folder
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -153,11 +154,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def check_writable(directory: Path) -> None:
     """Raises SaveError where no checkpoint could be written, before the first is due."""
-    probe = building_name(directory)
     with disk_errors(f"making checkpointing.checkpoint_dir={directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=directory).close()  # without a name where Linux can
 
 
 def begin_checkpoint(directory: Path, step: int, attempt: str, num_bytes: int) -> Path:

@@ -25,6 +25,7 @@ from reinforcer_tp.config_check import ConfigError
 
 VARIABLE = "REINFORCER_TP_FAULTS"
 FAULT_POINTS = {  # name -> where it stands
+    "run.config": "the run's folders exist, its config.yaml does not, or is that of the last time",
     "ckpt.begin": "before the first write of a checkpoint",
     "ckpt.folder": "the attempt's folder exists and is empty",
     "ckpt.shard.open": "before a shard's file is made",

@@ -7,6 +7,7 @@ from typing import Any
 
 from reinforcer_tp.checkpoint_folder import CheckpointError, read_json
 from reinforcer_tp.config import Config, ConfigError, decisive, load_config, to_yaml
+from reinforcer_tp.faultpoints import fault_point
 from reinforcer_tp.lifecycle import attempts
 from reinforcer_tp.resume import check_same_run
 from reinforcer_tp.whole_files import BUILDING_NAME, write_whole
@@ -34,8 +35,7 @@ def check_run_directory(config: Config) -> bool:
                 "write to; choose another"
             )
         return False
-    names = {path.name for path in folder.iterdir()} - set(attempts.NAMES)
-    if all(map(BUILDING_NAME.fullmatch, names)):  # a run that was killed at once leaves one
+    if all(path.name in attempts.NAMES or _is_nothing(path) for path in folder.iterdir()):
         return False
     recorded = folder / "config.yaml"
     if not recorded.is_file():
@@ -58,6 +58,13 @@ def check_run_directory(config: Config) -> bool:
     return True
 
 
+def _is_nothing(path: Path) -> bool:
+    """Whether it is what a run leaves that was killed at once: part of a file, empty folders."""
+    if path.is_dir() and not path.is_symlink():
+        return all(map(_is_nothing, path.iterdir()))
+    return BUILDING_NAME.fullmatch(path.name) is not None
+
+
 def write_run_directory(config: Config, environment: dict[str, Any], report: dict) -> None:
     """Writes config.yaml, environment.json and data_report.json. Rank 0 only."""
     folder = Path(config.logger.log_dir)
@@ -65,6 +72,7 @@ def write_run_directory(config: Config, environment: dict[str, Any], report: dic
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"logger.log_dir={folder} cannot be made: {error}") from error
+    fault_point("run.config")
     write_whole(folder / "config.yaml", to_yaml(config).encode())
     for name, content in (("environment.json", environment), ("data_report.json", report)):
         write_whole(folder / name, json.dumps(content, indent=2).encode() + b"\n")

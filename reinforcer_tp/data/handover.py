@@ -17,10 +17,11 @@ from typing import Any
 
 POLL_S = 0.1
 STALE_S = 60  # a result older than the waiting process by this much is of another run
+PATIENCE_S = 60.0  # with a leader that has died and may be of the launch before this one
 _PROCESS_START = time.time()
 
 
-def run_token(environ: Mapping[str, str] = os.environ) -> str:
+def run_token(environ: Mapping[str, str]) -> str:
     """What the ranks of one node in one run share, and no other run or node has.
 
     torchrun gives every attempt of every run a fresh log folder, which TORCHELASTIC_ERROR_FILE of
@@ -71,7 +72,8 @@ def wait(folder: Path, token: str, timeout_s: float) -> Any:
     where it failed otherwise, died, or took more than `timeout_s` seconds.
     """
     path = _path(folder, token)
-    deadline = time.monotonic() + timeout_s
+    begin = time.monotonic()
+    deadline, patient_until = begin + timeout_s, begin + (0 if _is_torchrun() else PATIENCE_S)
     while time.monotonic() < deadline:
         state = _read(path)
         if state.get("state") == "done":
@@ -83,7 +85,8 @@ def wait(folder: Path, token: str, timeout_s: float) -> Any:
                 f"the first process of this node failed to prepare the data with "
                 f"{state['type']}: {state['error']}"
             )
-        if state and _has_died(state) and _read(path) == state:
+        is_patient = time.monotonic() < patient_until
+        if state and not is_patient and _has_died(state) and _read(path) == state:
             raise RuntimeError(
                 f"the first process of this node (pid {state['pid']}) ended while it prepared the "
                 "data, without a word; look for the out-of-memory killer"
@@ -105,9 +108,14 @@ def _read(path: Path) -> dict:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then no other run has this file's name
+    if _is_torchrun():
         return state
     return state if state["time"] > _PROCESS_START - STALE_S else {}
+
+
+def _is_torchrun() -> bool:
+    """Then no other launch has this file's name."""
+    return "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
 def _write(path: Path, state: dict) -> None:

@@ -30,7 +30,7 @@ _ENDED_S = 10.0  # likewise one that ended before it
 _NO_PROGRESS = {Exit.INTERNAL, Exit.IO, Exit.NO_RESTART}
 
 
-def launch_token(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
+def launch_token(environ: Mapping[str, str]) -> tuple[str, bool]:
     """What the ranks of one launch share, and whether no other launch has it."""
     names = (
         *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"),
@@ -50,7 +50,7 @@ class Attempt:
     def __init__(self, log_dir: Path, rank: int, world_size: int) -> None:
         self._log_dir, self._rank, self._world_size = log_dir, rank, world_size
         self._started = time.time()
-        self._token, self._is_unique = launch_token()
+        self._token, self._is_unique = launch_token(os.environ)
         self._folder: Path | None = None
 
     def folder(self) -> Path | None:

@@ -37,6 +37,7 @@ FINISHES_S = 120.0
 # rank 1 is killed, rank 0 may finish what it was held in. Hence many steps.
 POINT_RUN = ("dpo.max_num_steps=90",)
 ORDER = (
+    "run.config",
     *("step.begin", "step.compute", "step.optimizer.before", "step.optimizer.after", "step.end"),
     *("ckpt.begin", "ckpt.folder", "ckpt.shard.open", "ckpt.shard.mid", "ckpt.shard.close"),
     *("ckpt.state", "ckpt.manifest.open", "ckpt.manifest.mid", "ckpt.manifest.close"),
@@ -45,6 +46,7 @@ ORDER = (
 )
 # Only rank 0 passes these: it is held there while the other is killed.
 OF_RANK_ZERO = {
+    "run.config",
     "ckpt.begin",
     "ckpt.folder",
     "ckpt.state",

@@ -88,12 +88,16 @@ def keep(run: dict, stdout: int, stderr: int, pipe: int) -> int:
     os.setsid()
     wear(run["environment"][MARK])
     running: set[int] = set()
+    listener = socket.create_server(("127.0.0.1", 0))  # no other run can have this port
+    if run["nproc"] is not None:
+        run["environment"]["MASTER_PORT"] = str(listener.getsockname()[1])
     signal.signal(signal.SIGTERM, lambda *_: terminate(running))
     for rank in range(run["nproc"] or 1):
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.close(pipe)
+            listener.close()
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             os.close(stdout)
@@ -101,11 +105,11 @@ def keep(run: dict, stdout: int, stderr: int, pipe: int) -> int:
             return rank
         running.add(pid)
     os.write(pipe, INTEGER.pack(os.getpid()))
-    os.write(pipe, INTEGER.pack(exit_status(run, running)))
+    os.write(pipe, INTEGER.pack(exit_status(run, running, listener)))
     os._exit(0)
 
 
-def exit_status(run: dict, running: set[int]) -> int:
+def exit_status(run: dict, running: set[int], listener: socket.socket) -> int:
     """Waits for all; as under torchrun, one that fails ends the others and makes the status 1."""
     if run["nproc"] is None:
         [pid] = running
@@ -114,7 +118,10 @@ def exit_status(run: dict, running: set[int]) -> int:
 
     where = run["environment"]  # like torchrun, the keeper holds the store, and outlives the ranks
     store = TCPStore(
-        where["MASTER_ADDR"], int(where["MASTER_PORT"]), is_master=True, wait_for_workers=False
+        *(where["MASTER_ADDR"], int(where["MASTER_PORT"])),
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
     failed, ranks = 0, {pid: rank for rank, pid in enumerate(sorted(running))}
     while running:

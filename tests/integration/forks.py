@@ -145,16 +145,13 @@ def running_server(environment: dict[str, str]) -> Server:
 
 
 def world(nproc: int) -> dict[str, str]:
-    """What torchrun tells every process of one node; fork_server.py adds the rank."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    """What torchrun tells every process of one node; fork_server.py adds the rank and the port."""
     return {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_ERROR_FILE": f"/nowhere/{uuid.uuid4()}/0/error.json",
     }

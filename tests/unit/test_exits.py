@@ -1,6 +1,7 @@
 """Exit codes, error lines, and what an attempt leaves behind."""
 
 import errno
+import copy
 import json
 import os
 import re
@@ -68,6 +69,7 @@ def test_running_out_of_memory_comes_with_what_to_do():
 @pytest.fixture
 def launched(monkeypatch):
     """Environments of the ranks of two launches on two nodes."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))  # as Dataset.map does
 
     def launch(name: str) -> None:
         values = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": name}

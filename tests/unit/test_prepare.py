@@ -430,16 +430,39 @@ def test_other_failures_of_the_leader_are_told(tmp_path):
     assert "failed to prepare the data with KeyError: 'inside'" in results[1][1]
 
 
-def test_a_leader_that_is_killed_is_noticed(tmp_path):
+def killed_leader(folder):
     leader = FORK.Process(
-        target=lambda: handover.lead(tmp_path, "run", lambda: os.kill(os.getpid(), 9))
+        target=lambda: handover.lead(folder, "run", lambda: os.kill(os.getpid(), 9))
     )
     leader.start()
     leader.join(30)
+    return leader
+
+
+def test_a_leader_that_is_killed_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/nowhere/none_x/attempt_0/1/error.json")
+    leader = killed_leader(tmp_path)
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"pid {leader.pid}\) ended while it prepared"):
         handover.wait(tmp_path, "run", 30)
     assert time.monotonic() - begin < 5
+
+
+def test_a_killed_leader_may_be_of_the_launch_before(tmp_path, monkeypatch):
+    """Without torchrun, whose launches have names of their own."""
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    killed_leader(tmp_path)
+
+    def lead_late():
+        time.sleep(0.5)
+        return handover.lead(tmp_path, "run", lambda: "new")
+
+    results = in_processes([lead_late, lambda: handover.wait(tmp_path, "run", 30)])
+    assert results == [("result", "new")] * 2
+    leader = killed_leader(tmp_path)
+    monkeypatch.setattr(handover, "PATIENCE_S", 0.5)
+    with pytest.raises(RuntimeError, match=rf"pid {leader.pid}\) ended while it prepared"):
+        handover.wait(tmp_path, "run", 30)
 
 
 def test_a_leader_that_never_comes_is_a_timeout(tmp_path):

@@ -9,6 +9,7 @@ from reinforcer_tp.run_directory import (
     mark_finished,
     write_run_directory,
 )
+from reinforcer_tp.whole_files import building_name
 
 
 def config_for(folder, *overrides):
@@ -22,6 +23,18 @@ def write_run(folder, *overrides):
 def test_a_new_or_empty_folder_is_taken(tmp_path):
     assert check_run_directory(config_for(tmp_path)) is False
     assert check_run_directory(config_for(tmp_path / "missing")) is False
+
+
+def test_what_a_run_leaves_that_is_killed_at_once_is_nothing(tmp_path):
+    (tmp_path / "checkpoints" / "first").mkdir(parents=True)
+    (tmp_path / "attempts" / "0001").mkdir(parents=True)
+    (tmp_path / "heartbeat").touch()
+    building_name(tmp_path).touch()
+    building_name(tmp_path / "checkpoints").touch()
+    assert check_run_directory(config_for(tmp_path)) is False
+    (tmp_path / "checkpoints" / "first" / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        check_run_directory(config_for(tmp_path))
 
 
 def test_the_same_run_is_recognised_and_may_be_extended_or_moved(tmp_path):
