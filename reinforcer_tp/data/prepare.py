@@ -59,7 +59,8 @@ def prepare_data(
     section = as_dict(config)
     root = _cache_root(cache_dir)
     asked = [section, max_total_sequence_length, chat_template_kwargs]
-    token = f"{run_token or handover.run_token(os.environ)}\n{json.dumps(asked, sort_keys=True, default=str)}"
+    token = run_token or handover.run_token(os.environ)
+    token += "\n" + json.dumps(asked, sort_keys=True, default=str)
     name = hashlib.sha256(token.encode()).hexdigest()[:32]
     if is_local_leader:
 

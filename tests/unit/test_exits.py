@@ -1,7 +1,7 @@
 """Exit codes, error lines, and what an attempt leaves behind."""
 
-import errno
 import copy
+import errno
 import json
 import os
 import re
