@@ -114,12 +114,20 @@ def test_a_process_that_hangs_ends_them_all_and_others_start(tmp_path, monkeypat
         assert ranks.run(task, world_size=1, timeout_s=120) == [0]
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A shell's background job, as these tests may be, ignores SIGINT, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_an_end_leaves_no_process(tmp_path, end):
+def test_an_end_leaves_no_process(tmp_path, end, hears_ctrl_c):
     mark = f"REINFORCER_TP_TEST_RUN={uuid.uuid4()}"
     name, value = mark.split("=")
     process = subprocess.Popen(
-        [sys.executable, "-m", "reinforcer_tp.selftest"],  # all layouts: it is not done too soon
+        [sys.executable, "-m", "reinforcer_tp.selftest", "--layouts", "tp2_sp_pp2"],
         cwd=REPOSITORY,
         env=run_environment({"TMPDIR": str(tmp_path)}) | {name: value},
         stdout=subprocess.DEVNULL,
