@@ -116,7 +116,7 @@ def test_a_process_that_hangs_ends_them_all_and_others_start(tmp_path, monkeypat
 
 @pytest.fixture
 def hears_ctrl_c():
-    """A shell's background job, as these tests may be, ignores SIGINT, and so would its children."""
+    """A shell's background job, as these tests may be, ignores SIGINT, as would its children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
