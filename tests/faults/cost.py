@@ -60,6 +60,7 @@ def measure(model_folder: str, disk: str) -> dict[str, float]:
     }
     directory = Path(disk) / "checkpoints"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    background = CheckpointWriter(directory, topology, described={"layout": {}}, is_async=True)
     copies = []
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -69,9 +70,8 @@ def measure(model_folder: str, disk: str) -> dict[str, float]:
                 seconds[name].append(writer.save(1, model, training, state={}, metrics={}))
             size = sum(p.stat().st_size for p in (directory / "step_1").iterdir())
             shutil.rmtree(directory)
-        writer = CheckpointWriter(directory, topology, described={"layout": {}}, is_async=True)
-        copies.append(writer.save(1, model, training, state={}, metrics={}))
-        writer.wait()
+        copies.append(background.save(1, model, training, state={}, metrics={}))
+        background.wait()
         shutil.rmtree(directory)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     whole = median["as it is"]
@@ -82,7 +82,8 @@ def measure(model_folder: str, disk: str) -> dict[str, float]:
         "cost of digests": 1 - median["without digests"] / whole,
         "cost of syncs": 1 - median["without syncs"] / whole,
         "cost of both": 1 - median["without both"] / whole,
-        "async: share that training waits for": statistics.median(copies) / whole,
+        "async: share that training waits for": statistics.median(copies[1:]) / whole,
+        "async: the first time, which takes the memory": copies[0] / whole,
     }
 
 
