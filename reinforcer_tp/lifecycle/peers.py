@@ -126,6 +126,7 @@ class Peers:
         except RuntimeError:
             return  # the rendezvous itself fails and says why
         while True:
+            is_last = self._is_done  # a beat that is on its way meanwhile says no goodbye
             try:
                 self._look()
             except RuntimeError as error:
@@ -134,7 +135,7 @@ class Peers:
                 if not self._connect_again():
                     self._without_store(error)
                     return
-            if self._is_done:
+            if is_last:
                 return
             time.sleep(min(_SHORTEST_S, self._interval_s))
             self._wake.wait(0.1 * self._interval_s if self._hurries else self._interval_s)

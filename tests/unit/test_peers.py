@@ -3,12 +3,15 @@
 import json
 import sys
 import threading
+import time
 from dataclasses import asdict
 
 import pytest
 
+from reinforcer_tp.lifecycle import peers
 from reinforcer_tp.lifecycle.beats import Beat, describe_all, describe_frame, find_lost
-from reinforcer_tp.lifecycle.ending import Failure
+from reinforcer_tp.lifecycle.ending import Ending, Failure
+from reinforcer_tp.lifecycle.position import Position
 
 
 def beat(step=5, phase="compute", *, waits=True, **others) -> Beat:
@@ -83,3 +86,31 @@ def test_where_all_ranks_are_in_one_line():
     text = describe_all(beats)
     assert text.startswith("1 ranks from 4: last step 7, phase save")
     assert "5 ranks from 0: last step 5, phase compute" in text
+
+
+def test_a_rank_says_goodbye_also_while_a_beat_is_on_its_way(monkeypatch):
+    """Else the others wait for it, or take it for dead."""
+    begun, let_go = threading.Event(), threading.Event()
+
+    class Slow(dict):
+        def set(self, key, value):
+            begun.set()
+            assert let_go.wait(30)
+            self[key] = value
+
+        def check(self, keys):
+            return all(key in self for key in keys)
+
+    store = Slow()
+    monkeypatch.setattr(peers, "_connect", lambda: store)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    watch = peers.Peers(Ending(Position()), world_size=2, timeout_s=60)
+    watch.start()
+    assert begun.wait(30)
+    closing = threading.Thread(target=watch.close)
+    closing.start()
+    while not watch._is_done:
+        time.sleep(0.01)
+    let_go.set()
+    closing.join(30)
+    assert json.loads(store["beat0"])["is_done"]
