@@ -4,6 +4,8 @@ VENV   ?= .venv
 # Another package index, for example one with torch's CPU builds: make test TORCH_INDEX=URL
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Files of tests that run side by side; 0: everything in one process, to debug.
+TEST_WORKERS ?= 2
 NPROC ?= 2
 
 BIN := $(VENV)/bin
@@ -42,7 +44,8 @@ demo: $(STAMP)
 	    logger.log_dir=logs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	    $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
