@@ -220,7 +220,8 @@ def aftermath(live: Live, name: str, before: int | None, ledger: Ledger) -> int 
     ledger.longest_end_s = max(ledger.longest_end_s, live.seconds() - began)
     if status is None or alive:
         ledger.orphans += len(alive)
-        ledger.fail(name, f"{len(alive)} processes are alive {ENDS_S:.0f} s after the kill")
+        late = f"{len(alive)} processes are alive {ENDS_S:.0f} s after the kill"
+        ledger.fail(name, f"{late}: {live.describe()}")
     if "Traceback" in live.stderr:
         ledger.fail(name, f"a traceback: {live.describe()}")
     resumed_where(live, name, before, ledger)

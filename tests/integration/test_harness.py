@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,22 @@ else:
     note.with_suffix(".new").write_text(f"{os.getpid()} {child.pid} {other}")
     note.with_suffix(".new").rename(note)
 time.sleep(300)
+"""
+SLOW_TO_BEGIN = """
+import os, socket, sys, time
+from tests.integration import fork_server
+
+def slow_fork(fork=os.fork):
+    pid = fork()
+    if pid == 0:
+        time.sleep(1.0)  # as on a busy machine
+    return pid
+
+os.fork = slow_fork
+nothing = os.open(os.devnull, os.O_RDWR)
+run = {"environment": {fork_server.MARK: os.environ[fork_server.MARK]}, "nproc": None}
+fork_server.keep(run, nothing, nothing, int(sys.argv[1]))
+time.sleep(60.0)
 """
 WITNESS = """
 import atexit, json, os, sys
@@ -132,6 +149,26 @@ def test_a_forked_process_that_fails_ends_the_others(script, tmp_path):
     result = run(tmp_path, nproc=2, fork=True, timeout_s=60)
     assert result.returncode == 1, result.describe()
     assert sorted(result.stdout.splitlines()) == ["0 0 2", "1 1 2"]
+
+
+def test_a_fork_that_is_slow_to_begin_hears_sigterm():
+    """On a loaded machine one swallowed it, and waited for a rank that had been killed."""
+    receiver, sender = os.pipe()
+    command = [sys.executable, "-c", SLOW_TO_BEGIN, str(sender)]
+    mark = str(uuid.uuid4())
+    environment = os.environ | {forks.MARK: mark}
+    with subprocess.Popen(
+        command, pass_fds=[sender], env=environment, cwd=harness.REPOSITORY
+    ) as keeper:
+        try:
+            os.close(sender)
+            assert forks.INTEGER.unpack(os.read(receiver, 4)) == (keeper.pid,)
+            keeper.send_signal(signal.SIGTERM)
+            assert keeper.wait(30) == 0
+            assert forks.INTEGER.unpack(os.read(receiver, 4)) == (-signal.SIGTERM,)
+        finally:
+            harness.kill_marked(f"{forks.MARK}={mark}")
+            os.close(receiver)
 
 
 def test_forks_know_each_other(script, tmp_path):
