@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 # Files of tests that run side by side; 0: everything in one process, to debug.
 TEST_WORKERS ?= 2
 NPROC ?= 2
+# Several processes share this machine's cores.
+export OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -38,14 +40,13 @@ endif
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(DEMO_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m torch.distributed.run --standalone \
+	$(DEMO_ENV) $(BIN)/python -m torch.distributed.run --standalone \
 	    --nproc-per-node $(NPROC) reinforcer_tp/train.py --config configs/dpo.yaml \
 	    policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) \
 	    logger.log_dir=logs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
-	    $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -110,7 +110,8 @@ def look(live: Live, name: str, before: int, ledger: Ledger) -> None:
     status, alive = live.wait(ENDS_S), live.survivors()
     ledger.longest_s = max(ledger.longest_s, live.seconds() - began)
     if status is None or alive:
-        ledger.failures.append(f"{name}: {len(alive)} processes are alive {ENDS_S:.0f} s later")
+        late = f"{len(alive)} processes are alive {ENDS_S:.0f} s later"
+        ledger.failures.append(f"{name}: {late}: {live.describe()}")
         return
     codes = set(live.codes().values())
     ledger.stopped += codes != {DONE}

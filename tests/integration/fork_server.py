@@ -91,13 +91,9 @@ def keep(run: dict, stdout: int, stderr: int, pipe: int) -> int:
     listener = socket.create_server(("127.0.0.1", 0))  # no other run can have this port
     if run["nproc"] is not None:
         run["environment"]["MASTER_PORT"] = str(listener.getsockname()[1])
-    signal.signal(signal.SIGTERM, lambda *_: terminate(running))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # else a new fork may swallow it
     for rank in range(run["nproc"] or 1):
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             os.close(pipe)
             listener.close()
             os.dup2(stdout, 1)
@@ -106,7 +102,8 @@ def keep(run: dict, stdout: int, stderr: int, pipe: int) -> int:
             os.close(stderr)
             return rank
         running.add(pid)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # Not before the forks: one that has just begun would swallow a signal meant for it.
+    signal.signal(signal.SIGTERM, lambda *_: terminate(running))
     os.write(pipe, INTEGER.pack(os.getpid()))
     os.write(pipe, INTEGER.pack(exit_status(run, running, listener)))
     os._exit(0)

@@ -31,7 +31,7 @@ else:
 time.sleep(300)
 """
 SLOW_TO_BEGIN = """
-import os, socket, sys, time
+import os, sys, time
 from tests.integration import fork_server
 
 def slow_fork(fork=os.fork):
