@@ -65,14 +65,18 @@ def open_model(config: Config, model_name: str, embedded: EmbeddedPaths | None) 
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' config of the known fields in config.json. Raises ValueError.
+    """`config_of` the folder's config.json. Raises ValueError."""
+    path = inside(folder, "config.json")
+    return config_of(read_json(path), path)
+
+
+def config_of(content: dict[str, Any], path: Path) -> Any:
+    """transformers' config of the known fields of a config.json. Raises ValueError.
 
     transformers itself would read any field, and some of them name code.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    path = inside(folder, "config.json")
-    content = read_json(path)
     refuse_code(content, path)
     if content.get("quantization_config"):
         raise ValueError(

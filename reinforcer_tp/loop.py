@@ -89,6 +89,7 @@ class Run:
     stops: Stops
     sweep_s: float  # seconds of reading and sweeping, reported with the first step
     sweep_tokens: int  # that the reference computed then, likewise
+    before_model_gib: float  # memory held before there was a model, reported with the first step
     starts_at_reference: bool  # before the first step the policy's weights are the reference's
     skips: SkippedSteps = field(default_factory=SkippedSteps)
 
@@ -253,6 +254,7 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
         metrics["skipped_steps"] = run.skips.total
     if is_first:
         speed["perf/sweep_s"] = run.sweep_s
+        speed["memory/before_model_gib"] = run.before_model_gib
     return {f"train/{name}": value for name, value in metrics.items()} | speed
 
 
@@ -401,6 +403,14 @@ def _wait_for(device: torch.device) -> None:
     """Once a step after what runs on its own: its seconds must not count as the next part's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def held_gib(device: torch.device) -> float:
+    """Memory that this process holds now, as `memory/peak_gib` counts it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
+    return pages * resource.getpagesize() / 2**30
 
 
 def _peak_gib(device: torch.device) -> float:

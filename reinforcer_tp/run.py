@@ -21,7 +21,7 @@ from reinforcer_tp.hf_files import write_companions
 from reinforcer_tp.inputs import Inputs
 from reinforcer_tp.lifecycle.peers import watch_peers
 from reinforcer_tp.lifecycle.stops import Stops
-from reinforcer_tp.loop import Run, train
+from reinforcer_tp.loop import Run, held_gib, train
 from reinforcer_tp.mcore.optim import build_training
 from reinforcer_tp.mcore.restore import load_checkpoint
 from reinforcer_tp.mcore.topology import (
@@ -109,6 +109,7 @@ def _open_run(
 ) -> Run:
     """Reference, model and optimizer, as the checkpoint has them where there is one. Collective."""
     stops.phase("reference")
+    before_model_gib = held_gib(topology.device)
     references = open_references(config, inputs, topology, progress)
     stage, resident = references.stage, references.resident
     stops.phase("load")
@@ -138,6 +139,7 @@ def _open_run(
         skips=skips,
         sweep_s=references.seconds,
         sweep_tokens=references.num_tokens,
+        before_model_gib=before_model_gib,
         starts_at_reference=references.is_policy,
     )
 

@@ -122,7 +122,7 @@ def _without_peers_or_data() -> contextlib.AbstractContextManager[None]:
         (clip_grads, "l2_norm_impl", lambda *_: (torch.zeros(1), None)),  # reads in 2**16 parts
         # A parameter without data cannot be swapped for itself, and stands where it should.
         (model.HiddenStateModel, "to", lambda self, device: self),
-        (schedule, "_prepared", _prepared_on_host(schedule._prepared)),
+        (schedule, "prepared", _prepared_on_host(schedule.prepared)),
     )
 
 

@@ -24,6 +24,7 @@ from kernels import vocab_parallel_linear_logprob
 from reinforcer_tp.config_check import ConfigError
 from reinforcer_tp.data.packed_batch import PackedBatch, ResponseRows, response_rows
 from reinforcer_tp.faultpoints import faults_armed, poison
+from reinforcer_tp.mcore.attention import PackedAttentionParams
 from reinforcer_tp.mcore.gather import Gather, gather_plan, gather_rows
 from reinforcer_tp.mcore.model import PolicyModel, build_model
 from reinforcer_tp.mcore.topology import Topology
@@ -136,13 +137,20 @@ def forward_backward(
     `loss_function` reports of each micro-batch on the last stage, [] elsewhere.
     """
 
+    report = loss_report(stage, loss_function)
+    return _run(stage, batches, report, forward_only=forward_only, collect_non_loss_data=False)
+
+
+def loss_report(stage: Stage, loss_function: LossFunction) -> Callable:
+    """What the last stage does with its hidden states: (loss, number of pairs, metrics)."""
+
     def report(batch: PackedBatch, own_rows: OwnRows, hidden: Tensor):
         logps, entropies = response_logps(stage, hidden, batch, own_rows, return_entropy=True)
         loss_sum, metrics = loss_function(logps, entropies, batch)
         num_pairs = torch.full((), batch.num_pairs, dtype=torch.int, device=hidden.device)
         return loss_sum, num_pairs, metrics
 
-    return _run(stage, batches, report, forward_only=forward_only, collect_non_loss_data=False)
+    return report
 
 
 @torch.no_grad()
@@ -174,12 +182,7 @@ def _run(
 
     def forward_step(iterator, module):
         batch, attention_params, own_rows = next(iterator)
-        hidden = module(
-            input_ids=batch.tokens[None],
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=attention_params,
-        )
+        hidden = hidden_states(module, batch, attention_params)
         if hidden.requires_grad and faults_armed():
             hidden.register_hook(lambda g: poison("nonfinite.gradient", g, batch.rows))
         return hidden, partial(report, batch, own_rows)
@@ -187,7 +190,7 @@ def _run(
     with _mode(stage, forward_only=forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=_fan_out(_prepared(stage, batches), len(stage.modules)),
+            data_iterator=_fan_out(prepared(stage, batches), len(stage.modules)),
             model=list(stage.modules),
             num_microbatches=len(batches),
             seq_length=row_length,
@@ -197,7 +200,19 @@ def _run(
         )
 
 
-def _prepared(stage: Stage, batches: Sequence[PackedBatch]) -> Iterator[tuple]:
+def hidden_states(
+    module: torch.nn.Module, batch: PackedBatch, attention_params: PackedAttentionParams
+) -> Tensor:  # (T[/tp], 1, D)
+    """One chunk's forward pass. Later stages take what was put into it by set_input_tensor."""
+    return module(
+        input_ids=batch.tokens[None],
+        position_ids=None,
+        attention_mask=None,
+        packed_seq_params=attention_params,
+    )
+
+
+def prepared(stage: Stage, batches: Sequence[PackedBatch]) -> Iterator[tuple]:
     """(batch on the device, attention parameters, rows of the responses) of each micro-batch."""
     for host_batch in batches:
         stage.tick()

@@ -1,0 +1,171 @@
+"""A configuration on a card -> what each pipeline stage holds, and how long a step takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reinforcer_tp.config import Config, ConfigError, find_model_shape, validate_model
+from reinforcer_tp.data.tokenized import TokenizedSet
+from reinforcer_tp.embedded import ensure_embedded
+from reinforcer_tp.hf_files import config_of
+from reinforcer_tp.mcore.shape import ModelShape, model_shape
+from reinforcer_tp.plan.devices import Device
+from reinforcer_tp.plan.layout import Layout, layout_of
+from reinforcer_tp.plan.memory import GIB, RankMemory, rank_memory
+from reinforcer_tp.plan.probe import RankWork, probe_rank
+from reinforcer_tp.plan.rows import Assumed, Rows, read_pairs, rows_of
+from reinforcer_tp.plan.timing import Efficiency, StepTime, step_time
+
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+
+# Of a card's memory: CUDA's context and NCCL's buffers, and what the allocator loses to gaps.
+_CONTEXT_GIB, _GAPS = 2.0, 0.04
+# Of a host's: libraries that the first step loads, and what glibc keeps of freed activations
+# (README, Plan: measured on five small models).
+_LIBRARIES_GIB, _HEAP = 0.13, 0.20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is planned for: read once, whatever layouts are tried."""
+
+    hf_config: Any
+    shape: ModelShape
+    shape_source: str
+    pairs: TokenizedSet
+    pairs_source: str
+    device: Device
+    efficiency: Efficiency
+    world_size: int
+    gpus_per_node: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer for one layout."""
+
+    config: Config
+    layout: Layout
+    rows: Rows
+    works: list[RankWork]
+    memories: list[RankMemory]  # by pipeline rank
+    time: StepTime
+    limit_gib: float  # of a card
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the worst rank, with what the process needs besides."""
+        return max(self.rank_peak_gib(rank) for rank in range(len(self.memories)))
+
+    def rank_peak_gib(self, rank: int) -> float:
+        return process_gib(self.memories[rank], is_gpu=self.is_gpu)
+
+    is_gpu: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gib <= self.limit_gib
+
+    @property
+    def run_s(self) -> float:
+        return self.rows.total_steps * self.time.step_s + self.time.sweep_s
+
+
+def process_gib(memory: RankMemory, *, is_gpu: bool) -> float:
+    """What a rank takes of its card, or (CPU) of the host beyond what it held without a model."""
+    peak = memory.peak / GIB
+    if is_gpu:
+        return peak * (1 + _GAPS) + _CONTEXT_GIB
+    return peak + _HEAP * memory.activations / GIB + _LIBRARIES_GIB
+
+
+def open_subject(
+    config: Config,
+    device: Device,
+    efficiency: Efficiency,
+    assumed: Assumed,
+    *,
+    world_size: int,
+    gpus_per_node: int,
+) -> Subject:
+    """Reads the model's shape and the data. Raises ConfigError, ValueError."""
+    name = config.policy.model_name
+    if name == "embedded":
+        name = ensure_embedded().model
+    fields, source = find_model_shape(name, MODELS)
+    validate_model(config, fields)
+    hf_config = config_of(fields, Path(source))
+    pairs, pairs_source = read_pairs(config, assumed)
+    return Subject(
+        hf_config=hf_config,
+        shape=model_shape(hf_config),
+        shape_source=source,
+        pairs=pairs,
+        pairs_source=pairs_source,
+        device=device,
+        efficiency=efficiency,
+        world_size=world_size,
+        gpus_per_node=gpus_per_node,
+    )
+
+
+def make_plan(config: Config, subject: Subject) -> Plan:
+    """Builds a rank of every pipeline stage and takes a step. Raises ConfigError, ValueError."""
+    config.validate(subject.world_size, subject.gpus_per_node)
+    check_layout(config, subject)
+    shape, device = subject.shape, subject.device
+    layout = layout_of(config, shape.num_layers, subject.world_size, subject.gpus_per_node)
+    rows = rows_of(config, shape, layout, subject.pairs, subject.pairs_source)
+    works = [_probe(config, subject, layout, rank, rows) for rank in range(layout.pp_size)]
+    return assemble(config, subject, layout, rows, works)
+
+
+def assemble(
+    config: Config, subject: Subject, layout: Layout, rows: Rows, works: list[RankWork]
+) -> Plan:
+    device = subject.device
+    return Plan(
+        config=config,
+        layout=layout,
+        rows=rows,
+        works=works,
+        memories=[rank_memory(work, layout, round(rows.micro_batches)) for work in works],
+        time=step_time(
+            works,
+            rows,
+            layout,
+            device,
+            subject.efficiency,
+            is_half=config.policy.precision != "float32",
+            recomputes_attention=config.policy.megatron_cfg.activation_checkpointing,
+        ),
+        limit_gib=device.memory_gib,
+        is_gpu=device.is_gpu,
+    )
+
+
+def check_layout(config: Config, subject: Subject) -> None:
+    """What the trainer would find out on the cluster. Raises ConfigError."""
+    validate_model(config, subject.hf_config.to_dict())
+    megatron = config.policy.megatron_cfg
+    tp, node = megatron.tensor_model_parallel_size, subject.gpus_per_node
+    if tp > node:
+        raise ConfigError(
+            f"policy.megatron_cfg.tensor_model_parallel_size={tp} spans nodes of {node} GPUs: every "
+            f"layer would wait for the network; use at most {node}, or --gpus-per-node"
+        )
+
+
+def _probe(config: Config, subject: Subject, layout: Layout, rank: int, rows: Rows) -> RankWork:
+    return probe_rank(
+        config,
+        subject.hf_config,
+        layout,
+        rank,
+        rows.longest,
+        rows.sweep,
+        on_gpu=subject.device.is_gpu,
+    )
