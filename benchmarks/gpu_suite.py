@@ -163,6 +163,7 @@ def read_tests(stdout: str) -> dict:
         "failures": failures,
         "skipped_because": reasons,
         "killed_in": unfinished and unfinished[1],
+        "wrong": [] if verdicts and counts["passed"] else ["no test passed"],
     }
 
 

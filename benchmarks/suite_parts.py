@@ -26,7 +26,8 @@ class Part:
     name: str
     arguments: list[str]  # of python
     limit_s: float
-    # stdout -> what it measured, asked also of a part that failed or was stopped
+    # stdout -> what it measured, asked also of a part that failed or was stopped; a list `wrong`
+    # in it that is not empty is a failure
     read: Callable[[str], dict] = lambda stdout: {}
     needs: Path | None = None  # an earlier part leaves it; without it this one is not run
 
@@ -47,7 +48,8 @@ class Outcome:
 def run_part(part: Part, limit_s: float) -> Outcome:
     """Runs it, its output on ours as it comes. At the limit all that it started is killed."""
     if part.needs is not None and not part.needs.exists():
-        return Outcome(verdict=f"not run: no earlier part has left {part.needs}")
+        missing = f"{part.needs.parent.name}/{part.needs.name}"
+        return Outcome(verdict=f"not run: no earlier part has left {missing}")
     print(
         f"\n=== {part.name}, at most {limit_s:.0f} s: python {' '.join(part.arguments)}", flush=True
     )
@@ -98,6 +100,8 @@ def _with_findings(outcome: Outcome, part: Part, stdout: str, tail: list[str]) -
         if outcome.passed:
             why = f"{type(error).__name__}: {error}"
             outcome.verdict = f"FAILED: its result cannot be read ({why})"
+    if wrong := "; ".join(outcome.found.get("wrong", [])):
+        outcome.verdict = f"FAILED: {wrong}" if outcome.passed else f"{outcome.verdict}: {wrong}"
     if not outcome.passed:
         outcome.tail = tail
     return outcome

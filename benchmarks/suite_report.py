@@ -21,6 +21,7 @@ DPO_ROWS = (
     ("tflops_per_gpu", "TFLOP/s", "{:.1f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("peak_gib", "peak memory", "{:.2f} GiB"),
+    ("sweep_s", "reference sweep", "{:.2f} s"),
     ("first_loss", "first loss", "{:.6f}"),
     ("last_loss", "last loss", "{:.4f}"),
 )

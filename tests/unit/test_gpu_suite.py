@@ -47,6 +47,7 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(tmp_path, capsy
         python("good", "print('seen 7')", read=lambda out: {"seen": int(out.split()[1])}),
         python("bad", "import sys; print('why'); print('oh', file=sys.stderr); sys.exit(3)"),
         python("unreadable", "print('x')", read=lambda out: {"seen": int(out)}),
+        python("wrong", "pass", read=lambda _: {"wrong": ["not ln 2", "not finite"]}),
         python("orphan", "pass", needs=tmp_path / "nowhere"),
         python("last", "pass"),
     ]
@@ -62,7 +63,8 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(tmp_path, capsy
     assert found["unreadable"]["verdict"].startswith(
         "FAILED: its result cannot be read (ValueError"
     )
-    assert found["orphan"]["verdict"].startswith("not run: no earlier part has left")
+    assert found["wrong"]["verdict"] == "FAILED: not ln 2; not finite"
+    assert found["orphan"]["verdict"].endswith(f"part has left {tmp_path.name}/nowhere")
     assert found["last"]["verdict"] == "passed"
     for name, part in found.items():
         assert re.search(rf"\| \*\*{name}\*\* \|.*\| {re.escape(part['verdict'])} \|", table)

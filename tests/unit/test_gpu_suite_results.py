@@ -81,6 +81,14 @@ def test_counts_and_names_of_tests_are_read(tmp_path, killed):
     assert ("| killed in |" in table) == killed
 
 
+def test_a_session_of_skipped_tests_has_not_passed(tmp_path):
+    """So it would be where the tests do not see the device."""
+    said = "print('tests/a.py::test_b SKIPPED (no CUDA) [100%]')"
+    code, report, _ = run([python("tests", said, read=gpu_suite.read_tests)], tmp_path)
+    assert code == 1 and report["parts"]["tests"]["verdict"] == "FAILED: no test passed"
+    assert report["parts"]["tests"]["found"]["skipped"] == 1
+
+
 PLAN = {"predicted": {"step_s": 0.5, "peak_gib": 40.0}, "measured": {"step_s": 0.6, "peak_gib": 38},
         "ratio": {"step_s": 1.2, "peak_gib": 0.95}}  # fmt: skip
 
