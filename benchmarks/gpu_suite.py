@@ -31,7 +31,7 @@ from benchmarks.suite_targets import TARGET_SHAPES, judged
 from reinforcer_tp.whole_files import write_whole
 
 NAMES = ("dpo", "plan", "tests", "benchmark", "codegen")  # in the order of value
-BUDGET_S = 585.0
+BUDGET_S = 580.0  # besides, the suite imports torch and kills what is late
 LEAST_S = 10.0  # no part is begun with less
 
 
