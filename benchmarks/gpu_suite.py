@@ -1,142 +1,184 @@
-"""Everything that needs a GPU, with one command: python -m benchmarks.gpu_suite
+"""What needs a GPU, with one command in under 10 minutes: python -m benchmarks.gpu_suite
 
-The gpu-marked tests, the codegen gate and the operator's benchmark on all shapes, then the
-targets beside what was measured. At most 23 minutes; --parts runs some of them.
-Exit code: 0, 1 a part failed (missed targets are printed, not failed), 2 no CUDA device.
+DPO of a random 1B Llama with its MFU, the plan beside it, the gpu-marked tests, the operator
+against installed rivals, and the codegen gate. A part that fails or reaches its limit is recorded
+and the others still run. After every part benchmarks/results/gpu/ has one JSON and one Markdown
+table of this run. Nothing is downloaded.
+Exit code: 0, 1 a part failed or was not run (missed targets are only printed), 2 no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import json
+import re
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import RESULTS, read_rows
+from benchmarks.codegen import ARCHS
+from benchmarks.dpo_run import summary
+from benchmarks.measure import RESULTS, read_rows, slug
+from benchmarks.suite_parts import Outcome, Part, run_part
+from benchmarks.suite_report import about_machine, markdown
+from benchmarks.suite_targets import TARGET_SHAPES, judged
+from reinforcer_tp.whole_files import write_whole
 
-ROOT = Path(__file__).parents[1]
-# name: (arguments of python, most seconds)
-PARTS = {
-    "tests": (["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 480),
-    "codegen": (["-m", "benchmarks.codegen"], 300),
-    "benchmark": (["-m", "benchmarks.linear_logprob", "--device", "cuda"], 600),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A limit for one H100, bfloat16, N = 8192."""
-
-    shape: str
-    contender: str
-    pass_name: str
-    key: str  # of the row: median_s or extra_bytes
-    limit: float
-    note: str
-
-
-GIB = 2**30
-TARGETS = [
-    Target(shape="llama8b-131072", contender="ours-strict", pass_name="forward", key="median_s",
-           limit=13.5e-3, note="best published: Liger SM90, 12.25 ms"),
-    Target(shape="llama8b-131072", contender="ours-cached", pass_name="both", key="median_s",
-           limit=42e-3, note="best published: Liger SM90, 50.4 ms"),
-    Target(shape="llama8b-131072", contender="ours-strict", pass_name="both", key="median_s",
-           limit=54e-3, note="best published: Liger SM90, 50.4 ms"),
-    Target(shape="llama70b-tp8", contender="ours-cached", pass_name="both", key="median_s",
-           limit=10.5e-3, note="the target has the collectives, the measurement has not"),
-    Target(shape="llama70b-tp8", contender="ours-cached", pass_name="both", key="extra_bytes",
-           limit=0.5 * GIB, note="with the float32 dhidden; verl 0.5 GiB, Liger-TP 1.8 GiB"),
-    Target(shape="llama70b-tp8", contender="ours-strict", pass_name="both", key="extra_bytes",
-           limit=0.3 * GIB, note="with the float32 dhidden"),
-]  # fmt: skip
+NAMES = ("dpo", "plan", "tests", "benchmark", "codegen")  # in the order of value
+BUDGET_S = 580.0  # besides, the suite imports torch and kills what is late
+LEAST_S = 10.0  # no part is begun with less
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    if not torch.cuda.is_available():
+        print("error: no CUDA device; the GPU suite runs only on one (nothing was run)")
+        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what runs must not outlive the suite
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: sys.exit(1))
+    began = datetime.now(UTC)
+    device = torch.cuda.get_device_name()
+    stem = f"{slug(device)}-{began:%Y-%m-%d-%H%M}"
+    with tempfile.TemporaryDirectory(prefix="gpu_suite-", ignore_cleanup_errors=True) as work:
+        known = parts(device, Path(work), args.results.resolve(), began)
+        chosen = [part for part in known if part.name in args.parts]
+        return run_suite(chosen, args.results / "gpu" / stem, about_machine(), args.budget_s)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_suite",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all parts")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: no CUDA device; the GPU suite runs only on one (nothing was run)")
-        return 2
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {began}"
-    print(title)
-    extra = {"benchmark": ["--results", str(args.results.resolve())]}
-    outcomes = {part: run_part(part, extra.get(part, [])) for part in args.parts}
-    lines = summary(outcomes, rows_since(args.results, began))
-    print("\n".join(lines))
-    args.results.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([title, *lines]) + "\n"
-    (args.results / "gpu_suite.txt").write_text(text, encoding="utf-8")
-    return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
+    return parser.parse_args(argv)
 
 
-def run_part(part: str, extra: list[str]) -> str:
-    """Runs it with its output on ours; says how it went."""
-    arguments, limit_s = PARTS[part]
-    print(f"\n=== {part}: python {' '.join(arguments)}", flush=True)
-    # Under the interpreter nothing here would be about the GPU.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def parts(device: str, work: Path, results: Path, began: datetime) -> list[Part]:
+    """The parts with their limits, which fit into BUDGET_S together."""
+    run = work / "dpo" / "run"
+    plan = ["--compare", str(run), "--gpu", device, "--json"]
+    # Rounds of slow rivals are cut; ours have all.
+    operator = ["--device", "cuda", "--shape", *TARGET_SHAPES, "--budget-s", "5"]
+    pytest = ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    return [
+        Part(
+            name="dpo",
+            arguments=["-m", "benchmarks.dpo_run", "--work", str(run.parent)],
+            limit_s=130,
+            read=lambda _: summary(run, "llama1b"),
+        ),
+        Part(
+            name="plan",
+            arguments=["-m", "reinforcer_tp.plan", *plan],
+            limit_s=30,
+            read=read_plan,
+            needs=run,
+        ),
+        Part(name="tests", arguments=pytest, limit_s=200, read=read_tests),
+        Part(
+            name="benchmark",
+            arguments=["-m", "benchmarks.linear_logprob", *operator, "--results", str(results)],
+            limit_s=160,
+            read=lambda _: {"rows": rows_since(results, began.isoformat(timespec="seconds"))},
+        ),
+        Part(
+            name="codegen",
+            arguments=["-m", "benchmarks.codegen", "--quick", "--arch", own_arch()],
+            limit_s=60,
+            read=lambda stdout: {"compiled": re.findall(r"^\d+ kernels in .*", stdout, re.M)},
+        ),
+    ]
+
+
+def own_arch() -> str:
+    """Of the architectures that the gate knows: this device's, else the newest below it."""
+    major, minor = torch.cuda.get_device_capability()
+    known = [arch for arch in ARCHS if isinstance(arch, int)]
+    return str(max((arch for arch in known if arch <= 10 * major + minor), default=min(known)))
+
+
+def run_suite(chosen: list[Part], stem: Path, machine: dict, budget_s: float) -> int:
+    """Runs the parts in turn and writes `stem`.json and .md after each; the exit code."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *arguments, *extra], cwd=ROOT, env=environment, start_new_session=True
-    )
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        return f"FAILED: not done after {limit_s} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # whatever it started and left
-            os.killpg(process.pid, signal.SIGKILL)
-    verdict = "passed" if code == 0 else f"FAILED: exit code {code}"
-    return f"{verdict} ({time.monotonic() - start:.0f} s)"
+    outcomes = {part.name: Outcome(verdict="not run: not yet") for part in chosen}
+    for index, part in enumerate(chosen):
+        left = budget_s - (time.monotonic() - start)
+        if left < min(LEAST_S, part.limit_s):
+            verdict = f"not run: the budget of {budget_s:g} s is spent"
+            outcomes[part.name] = Outcome(verdict=verdict)
+        else:
+            later_s = sum(later.limit_s for later in chosen[index + 1 :])
+            # What earlier parts have not used is this one's.
+            limit_s = min(left, max(part.limit_s, left - later_s))
+            outcomes[part.name] = run_part(part, limit_s)
+        report = as_json(machine, outcomes, time.monotonic() - start, budget_s)
+        write_report(stem, report)
+        print(f"{part.name}: {outcomes[part.name].verdict}", flush=True)
+    print(f"\n{markdown(report)}\nwritten: {stem}.json and .md")
+    return 0 if all(outcome.passed for outcome in outcomes.values()) else 1
+
+
+def as_json(machine: dict, outcomes: dict[str, Outcome], seconds: float, budget_s: float) -> dict:
+    rows = outcomes["benchmark"].found.get("rows", []) if "benchmark" in outcomes else []
+    return {
+        "machine": machine,
+        "seconds": round(seconds, 1),
+        "budget_s": budget_s,
+        "parts": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        "targets": judged(rows) if "benchmark" in outcomes else [],
+    }
+
+
+def write_report(stem: Path, report: dict) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    texts = {"json": json.dumps(report, indent=1) + "\n", "md": markdown(report)}
+    for kind, text in texts.items():
+        write_whole(stem.with_name(f"{stem.name}.{kind}"), text.encode())
+
+
+def read_tests(stdout: str) -> dict:
+    """Counts and failures from `pytest -v`, line by line: a session that was killed has no more."""
+    verdicts = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", stdout, re.M)
+    counts = {
+        word: len([name for name, verdict in verdicts if verdict == word.upper()])
+        for word in ("passed", "failed", "error", "skipped")
+    }
+    failures = [name for name, verdict in verdicts if verdict in ("FAILED", "ERROR")]
+    reasons = re.findall(r"^SKIPPED \[\d+\] [^ ]+ (.*)$", stdout, re.M)
+    collected = re.search(r"collected (\d+) items?(?:.* (\d+) selected)?", stdout)
+    unfinished = re.search(r"^(\S+::.*) \Z", stdout, re.M)
+    return counts | {
+        "selected": int(collected[2] or collected[1]) if collected else None,
+        "failures": failures,
+        "skipped_because": reasons,
+        "killed_in": unfinished and unfinished[1],
+        "wrong": [] if verdicts and counts["passed"] else ["no test passed"],
+    }
+
+
+def read_plan(stdout: str) -> dict:
+    """The JSON object that `reinforcer_tp.plan --compare --json` prints."""
+    found = json.loads(stdout[stdout.index("{") : stdout.rindex("}") + 1])
+    missing = [key for key in ("predicted", "measured") if key not in found]
+    if missing:
+        raise ValueError(f"no {' and no '.join(missing)} in the plan's {list(found)}")
+    return found
 
 
 def rows_since(directory: Path, began: str) -> list[dict]:
     files = sorted(directory.glob("*.jsonl"))
     return [row for path in files for row in read_rows(path) if row["date"] >= began]
-
-
-def summary(outcomes: dict[str, str], rows: list[dict]) -> list[str]:
-    """Outcome of every part, then each target with the number measured beside it."""
-    lines = ["", "=== summary"]
-    lines += [f"{part:10} {outcomes.get(part, 'not run')}" for part in PARTS]
-    lines.append("targets are for one H100, bfloat16, N=8192; measured: median")
-    measured = {
-        (row["shape"], row["contender"], row["pass"]): row
-        for row in rows
-        if row["n"] == 8192 and row["dtype"] == "bfloat16" and row["device_type"] == "cuda"
-    }
-    for target in TARGETS:
-        row = measured.get((target.shape, target.contender, target.pass_name))
-        what = f"{target.shape} {target.contender} {target.pass_name}"
-        value = None if row is None else row[target.key]
-        verdict = "NOT MEASURED" if value is None else "met" if value <= target.limit else "MISSED"
-        lines.append(
-            f"{what:42} target {_shown(target.limit, target.key):>10}"
-            f"  measured {_shown(value, target.key):>10}  {verdict:12}  {target.note}"
-        )
-    return lines
-
-
-def _shown(value: float | None, key: str) -> str:
-    if value is None:
-        return "-"
-    return f"{1e3 * value:.2f} ms" if key == "median_s" else f"{value / GIB:.3f} GiB"
 
 
 if __name__ == "__main__":

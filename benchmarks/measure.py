@@ -231,10 +231,14 @@ def _cpu_name() -> str:
     return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 
 
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def append_rows(directory: Path, rows: list[dict]) -> Path:
     """One JSON line a row, into the machine's file."""
-    slug = re.sub(r"[^a-z0-9]+", "-", str(rows[0]["device"]).lower()).strip("-")
-    path = directory / f"{slug}.jsonl"
+    path = directory / f"{slug(str(rows[0]['device']))}.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

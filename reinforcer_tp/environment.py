@@ -5,7 +5,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def environment_info(layout: Mapping[str, Any]) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": package_versions(_PACKAGES),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if _has_nccl() else None,
         "hostname": socket.gethostname(),
@@ -44,6 +44,10 @@ def environment_info(layout: Mapping[str, Any]) -> dict[str, Any]:
         "devices": _devices(),
         "layout": dict(layout),
     }
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str | None]:
+    return {name: _version(name) for name in names}
 
 
 def git_state(package: Path) -> dict[str, Any]:

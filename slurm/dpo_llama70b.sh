@@ -2,10 +2,12 @@
 # DPO of a 70B Llama: one torchrun on each node. Submit from the repository root; what follows the
 # script goes to the trainer:
 #   sbatch slurm/dpo_llama70b.sh dpo.seed=1 logger.log_dir=/shared/runs/dpo_70b
-#   sbatch --nodes=8 --partition=... --account=... slurm/dpo_llama70b.sh
+#   sbatch --nodes=4 --partition=... --account=... slurm/dpo_llama70b.sh
+# and a later --config names another model's file:
+#   sbatch --nodes=128 slurm/dpo_llama70b.sh --config configs/dpo_llama405b.yaml
 # The repository, its .venv and the log folder must be visible on every node.
 #SBATCH --job-name=dpo_llama70b
-#SBATCH --nodes=4
+#SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive

@@ -1,6 +1,5 @@
 """The operator's benchmark: it refuses wrong operators, and its numbers are what they say."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contenders, gpu_suite, linear_logprob, measure, parity, plot
+from benchmarks import contenders, linear_logprob, measure, parity, plot
 from benchmarks.measure import PASSES
 from kernels.linear_logprob import vocab_parallel_linear_logprob
 from tests.ops.dense import dense_result
@@ -275,41 +274,6 @@ def test_extra_memory_of_kept_logits():
     logits = 128 * 4000 * 4
     assert extra["forward"] == pytest.approx(2 * logits, rel=0.02)
     assert 2.8 * logits <= extra["both"] <= 3.2 * logits
-
-
-def test_suite_without_cuda_runs_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu_suite, "run_part", None)
-    assert gpu_suite.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().out
-
-
-def test_suite_puts_targets_beside_the_numbers(tmp_path):
-    row = {"date": "2026-01-02T00:00:00+00:00", "shape": "llama8b-131072", "n": 8192,
-           "dtype": "bfloat16", "device_type": "cuda", "pass": "both"}  # fmt: skip
-    rows = [
-        row | {"contender": "ours-cached", "median_s": 0.040},
-        row | {"contender": "ours-strict", "median_s": 0.060},
-        row | {"contender": "ours-strict", "median_s": 0.001, "date": "2026-01-01T00:00:00+00:00"},
-    ]
-    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recent = gpu_suite.rows_since(tmp_path, "2026-01-01T12:00:00+00:00")
-    lines = gpu_suite.summary({"tests": "passed (1 s)"}, recent)
-    said = {line.split("target")[0].strip(): line for line in lines if "target " in line}
-    assert "42.00 ms" in said["llama8b-131072 ours-cached both"]
-    assert "40.00 ms  met" in said["llama8b-131072 ours-cached both"]
-    assert "60.00 ms  MISSED" in said["llama8b-131072 ours-strict both"]
-    assert "NOT MEASURED" in said["llama8b-131072 ours-strict forward"]
-    assert any(line.split() == ["codegen", "not", "run"] for line in lines)
-
-
-def test_suite_says_how_a_part_went(monkeypatch):
-    parts = {"good": (["-c", "pass"], 60), "bad": (["-c", "raise SystemExit(3)"], 60),
-             "slow": (["-c", "import time; time.sleep(60)"], 0.2)}  # fmt: skip
-    monkeypatch.setattr(gpu_suite, "PARTS", parts)
-    assert gpu_suite.run_part("good", []).startswith("passed")
-    assert gpu_suite.run_part("bad", []).startswith("FAILED: exit code 3")
-    assert gpu_suite.run_part("slow", []) == "FAILED: not done after 0.2 s"
 
 
 @pytest.mark.gpu

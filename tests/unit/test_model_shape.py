@@ -1,18 +1,34 @@
 """Whether a layout fits a model, and where the model's config.json comes from."""
 
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforcer_tp.config import ConfigError, find_model_shape, load_config, validate_model
+from reinforcer_tp.mcore.shape import model_shape, rope_frequencies
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-HUB_CONFIGS = sorted(CONFIGS.glob("dpo_llama*.yaml"))
+HUB_CONFIGS = sorted(CONFIGS.glob("dpo_*.yaml"))
 MEGATRON = "policy.megatron_cfg"
+# Parameters that the hub counts in the models' safetensors.
+PARAMETERS = {
+    "Qwen--Qwen2.5-32B-Instruct": 32_763_876_352,
+    "Qwen--Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Qwen--Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen--Qwen3-32B": 32_762_123_264,
+    "Qwen--Qwen3-8B": 8_190_735_360,
+    "meta-llama--Llama-3.1-405B-Instruct": 405_853_388_800,
+    "meta-llama--Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama--Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama--Llama-3.3-70B-Instruct": 70_553_706_496,
+}
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -32,8 +48,10 @@ def config_with(**keys):
     return load_config(None, overrides + [f"{MEGATRON}.{k}={v}" for k, v in keys.items()])
 
 
-def test_there_are_configs_of_hub_models():
-    assert [path.stem for path in HUB_CONFIGS] == ["dpo_llama1b", "dpo_llama70b", "dpo_llama8b"]
+def test_every_shape_file_has_a_config():
+    names = [load_config(str(path), []).policy.model_name for path in HUB_CONFIGS]
+    files = {path.stem for path in (CONFIGS / "models").glob("*.json")}
+    assert {name.replace("/", "--") for name in names} == files == PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("path", HUB_CONFIGS, ids=lambda path: path.stem)
@@ -47,24 +65,21 @@ def test_shipped_configs_fit_their_models(path):
     assert budget >= 2 * length, "the longest pair would not fit a micro-batch"
 
 
-# Parameters that the models' cards state: 1.24 B, 8.03 B, 70.6 B.
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("meta-llama--Llama-3.2-1B-Instruct", 1_235_814_400),
-        ("meta-llama--Llama-3.1-8B-Instruct", 8_030_261_248),
-        ("meta-llama--Llama-3.3-70B-Instruct", 70_553_706_496),
-    ],
-)
-def test_shape_files_have_the_published_sizes(name, parameters):
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shape_files_have_the_published_sizes(name):
     shape = json.loads((CONFIGS / "models" / f"{name}.json").read_text())
-    hidden, head_dim = shape["hidden_size"], shape["head_dim"]
-    heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * groups)
-    layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
-    embeddings = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    assert shape["num_hidden_layers"] * layer + embeddings + hidden == parameters
-    assert not [value for value in shape.values() if isinstance(value, str) and len(value) > 8]
+    hf_config = AutoConfig.for_model(**shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    assert type(model).__name__ == shape["architectures"][0]
+    assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS[name]
+    read = model_shape(hf_config)
+    assert read.vocab_size == shape["vocab_size"] and read.tied == shape["tie_word_embeddings"]
+    frequencies, scale = rope_frequencies(hf_config)
+    assert len(frequencies) == read.head_dim // 2 and scale == 1.0
+    longest = 2 * math.pi / frequencies[-1]  # tokens; rope_scaling stretches it
+    theta, stretch = shape["rope_theta"], (shape.get("rope_scaling") or {"factor": 1})["factor"]
+    assert longest == pytest.approx(2 * math.pi * theta ** (1 - 2 / read.head_dim) * stretch)
 
 
 REFUSED = [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reinforcer_tp.config import load_config
+from reinforcer_tp.train import parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "slurm" / "dpo_llama70b.sh"
@@ -102,7 +103,7 @@ def test_directives_ask_for_what_the_config_says():
         if found := re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line):
             directives[found[1]] = found[2]
     cluster = load_config(str(REPOSITORY / "configs" / "dpo_llama70b.yaml"), []).cluster
-    assert directives["nodes"] == str(cluster.num_nodes) == str(NUM_NODES)
+    assert directives["nodes"] == str(cluster.num_nodes)
     assert directives["gpus-per-node"] == str(cluster.gpus_per_node) == str(GPUS)
     assert directives["ntasks-per-node"] == "1"
 
@@ -142,12 +143,22 @@ def test_no_arguments_are_none(submit_dir):
 
 
 def test_what_sbatch_was_given_wins_over_the_config(submit_dir):
-    run = run_script(submit_dir, SLURM_NNODES="8", SLURM_GPUS_ON_NODE="4")
+    run = run_script(submit_dir, SLURM_NNODES="16", SLURM_GPUS_ON_NODE="4")
     assert run.returncode == 0, run.stderr
     trainer = torchrun_arguments(submit_dir)[3]
     config = load_config(str(REPOSITORY / "configs" / "dpo_llama70b.yaml"), trainer[-2:])
-    assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (8, 4)
-    config.validate(32, 4)
+    assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (16, 4)
+    config.validate(64, 4)
+
+
+def test_a_later_config_wins(submit_dir):
+    run = run_script(submit_dir, "--config", "configs/dpo_qwen3_32b.yaml", "dpo.seed=3")
+    assert run.returncode == 0, run.stderr
+    words = torchrun_arguments(submit_dir)[0]
+    trainer = words[words.index("reinforcer_tp/train.py") + 1 :]
+    arguments = parse_arguments(trainer)
+    assert arguments.config == "configs/dpo_qwen3_32b.yaml"
+    assert arguments.overrides[-1] == "dpo.seed=3"
 
 
 def test_two_jobs_on_one_node_have_two_ports(submit_dir):
