@@ -100,7 +100,8 @@ class _Values(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # the most frequent one
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self._read(func)
+            known = args[0].constant  # a number that the host has written itself
+            return self._read(func) if known is None else known.item()
         if func is torch.ops.aten.nonzero.default:
             self._read(func)
             return torch.empty(0, args[0].ndim, dtype=torch.int64)
@@ -179,6 +180,7 @@ def _paths_of_cuda() -> contextlib.AbstractContextManager[None]:
         (kernels.linear_logprob, "check_label_range", lambda *_: None),  # on the CPU only
         (kernels.linear_logprob, "add_product", _product_of_cuda),
         (kernels.collectives, "add_product", _product_of_cuda),
+        (triton_operator, "INTERPRETED", False),
         (triton_operator, "_blocks", blocks),
         (_ADAM, "_default_to_fused_or_foreach", lambda *_, **__: (False, True)),
         (triton_operator, "_launch", _check_launch),

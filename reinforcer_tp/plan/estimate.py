@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from reinforcer_tp.hf_files import config_of
 from reinforcer_tp.mcore.shape import ModelShape, model_shape
 from reinforcer_tp.plan.devices import Device
 from reinforcer_tp.plan.layout import Layout, layout_of
-from reinforcer_tp.plan.memory import GIB, RankMemory, rank_memory
+from reinforcer_tp.plan.memory import GIB, SWEEP, RankMemory, rank_memory
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Assumed, Rows, read_pairs, rows_of
 from reinforcer_tp.plan.timing import Efficiency, StepTime, step_time
@@ -22,10 +21,10 @@ from reinforcer_tp.plan.timing import Efficiency, StepTime, step_time
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 # Of a card's memory: CUDA's context and NCCL's buffers, and what the allocator loses to gaps.
-_CONTEXT_GIB, _GAPS = 2.0, 0.04
-# Of a host's: libraries that the first step loads, and what glibc keeps of freed activations
-# (README, Plan: measured on five small models).
-_LIBRARIES_GIB, _HEAP = 0.13, 0.20
+CONTEXT_GIB, GAPS = 2.0, 0.04
+# Of a host's: libraries that the first step loads, in 16 bits also oneDNN's cache of compiled
+# products, and what glibc's heap keeps of freed activations. Measured on small models.
+LIBRARIES_GIB, COMPILED_GIB, HEAP = 0.13, 0.2, 0.20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,11 @@ class Subject:
     efficiency: Efficiency
     world_size: int
     gpus_per_node: int
+    headroom: float  # share of a card to keep free
+
+    @property
+    def limit_gib(self) -> float:
+        return self.device.memory_gib * (1 - self.headroom)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,8 @@ class Plan:
     works: list[RankWork]
     memories: list[RankMemory]  # by pipeline rank
     time: StepTime
-    limit_gib: float  # of a card
+    limit_gib: float  # of a card, less the headroom
+    is_gpu: bool
 
     @property
     def peak_gib(self) -> float:
@@ -61,9 +66,23 @@ class Plan:
         return max(self.rank_peak_gib(rank) for rank in range(len(self.memories)))
 
     def rank_peak_gib(self, rank: int) -> float:
-        return process_gib(self.memories[rank], is_gpu=self.is_gpu)
+        """What a rank takes of its card, or of the host over what it held without a model."""
+        memory = self.memories[rank]
+        if not self.is_gpu:
+            return self.host_gib(memory)
+        return memory.peak / GIB * (1 + GAPS) + CONTEXT_GIB
 
-    is_gpu: bool
+    def held_gib(self, rank: int) -> float:
+        """What the run's `memory/peak_gib` should read: tensors, since training began."""
+        memory = self.memories[rank]
+        if not self.is_gpu:
+            return self.host_gib(memory)
+        return max(n for name, n in memory.moments.items() if name != SWEEP) / GIB
+
+    def host_gib(self, memory: RankMemory) -> float:
+        compiled = COMPILED_GIB if self.config.policy.precision != "float32" else 0.0
+        kept = HEAP * memory.activations / GIB
+        return memory.peak / GIB + kept + LIBRARIES_GIB + compiled
 
     @property
     def fits(self) -> bool:
@@ -74,14 +93,6 @@ class Plan:
         return self.rows.total_steps * self.time.step_s + self.time.sweep_s
 
 
-def process_gib(memory: RankMemory, *, is_gpu: bool) -> float:
-    """What a rank takes of its card, or (CPU) of the host beyond what it held without a model."""
-    peak = memory.peak / GIB
-    if is_gpu:
-        return peak * (1 + _GAPS) + _CONTEXT_GIB
-    return peak + _HEAP * memory.activations / GIB + _LIBRARIES_GIB
-
-
 def open_subject(
     config: Config,
     device: Device,
@@ -90,6 +101,7 @@ def open_subject(
     *,
     world_size: int,
     gpus_per_node: int,
+    headroom: float = 0.1,
 ) -> Subject:
     """Reads the model's shape and the data. Raises ConfigError, ValueError."""
     name = config.policy.model_name
@@ -109,6 +121,7 @@ def open_subject(
         efficiency=efficiency,
         world_size=world_size,
         gpus_per_node=gpus_per_node,
+        headroom=headroom,
     )
 
 
@@ -116,7 +129,7 @@ def make_plan(config: Config, subject: Subject) -> Plan:
     """Builds a rank of every pipeline stage and takes a step. Raises ConfigError, ValueError."""
     config.validate(subject.world_size, subject.gpus_per_node)
     check_layout(config, subject)
-    shape, device = subject.shape, subject.device
+    shape = subject.shape
     layout = layout_of(config, shape.num_layers, subject.world_size, subject.gpus_per_node)
     rows = rows_of(config, shape, layout, subject.pairs, subject.pairs_source)
     works = [_probe(config, subject, layout, rank, rows) for rank in range(layout.pp_size)]
@@ -142,7 +155,7 @@ def assemble(
             is_half=config.policy.precision != "float32",
             recomputes_attention=config.policy.megatron_cfg.activation_checkpointing,
         ),
-        limit_gib=device.memory_gib,
+        limit_gib=subject.limit_gib,
         is_gpu=device.is_gpu,
     )
 
@@ -154,8 +167,8 @@ def check_layout(config: Config, subject: Subject) -> None:
     tp, node = megatron.tensor_model_parallel_size, subject.gpus_per_node
     if tp > node:
         raise ConfigError(
-            f"policy.megatron_cfg.tensor_model_parallel_size={tp} spans nodes of {node} GPUs: every "
-            f"layer would wait for the network; use at most {node}, or --gpus-per-node"
+            f"policy.megatron_cfg.tensor_model_parallel_size={tp} spans nodes of {node} GPUs: "
+            f"every layer would wait for the network; use at most {node}, or --gpus-per-node"
         )
 
 

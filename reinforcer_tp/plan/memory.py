@@ -9,6 +9,10 @@ from reinforcer_tp.plan.pipeline import peak_held, units
 from reinforcer_tp.plan.probe import ChunkWork, RankWork
 
 GIB = 2**30
+SWEEP = "reference sweep"
+# With chunks Megatron receives ahead and sends behind: its schedule holds up to six messages more
+# than the units of work do (tests/unit/test_plan_probe.py).
+_MESSAGES_UNDER_WAY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,9 @@ def rank_memory(work: RankWork, layout: Layout, num_micro_batches: int) -> RankM
     order = list(units(layout, work.pp_rank, count))
     body = peak_held(order, *_saved_and_peaks(work.chunks, with_head=False))
     whole = peak_held(order, *_saved_and_peaks(work.chunks, with_head=True))
+    if layout.vpp_size > 1:
+        body += _MESSAGES_UNDER_WAY * work.message_bytes
+        whole += _MESSAGES_UNDER_WAY * work.message_bytes
     weights = work.parameter_bytes + work.reference_bytes + work.buffer_bytes
     static = weights + work.gradient_bytes + work.optimizer_bytes
     moments = {
@@ -50,7 +57,7 @@ def rank_memory(work: RankWork, layout: Layout, num_micro_batches: int) -> RankM
     if work.reference_bytes:  # runs before each step's forward and backward
         moments["reference forward"] = static + work.sweep.peak_bytes
     else:
-        moments["reference sweep"] = work.parameter_bytes + work.sweep.peak_bytes
+        moments[SWEEP] = work.parameter_bytes + work.sweep.peak_bytes
     return RankMemory(
         parameters=work.parameter_bytes,
         gradients=work.gradient_bytes,

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import flop_registry
 _BLOCK = 512  # bytes; CUDA's caching allocator rounds up to it
 # (FLOPs are asked of the table by packet; attention's are known to the caller alone: it depends on
 # where segments begin)
-_ATTENTION = ("_varlen_attn", "_varlen_attn_backward", "_scaled_dot_product")
+_ATTENTION = ("_varlen_attn", "_scaled_dot_product")
+_FREE = ("empty", "new_empty", *_ATTENTION)  # moves nothing, or counts elsewhere
 
 
 @dataclass(kw_only=True)
@@ -43,18 +44,26 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.held_bytes = 0
-        self._peak = 0
+        self._before = self._peak = 0
         self._known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._work = Work()
 
     @contextmanager
     def measure(self) -> Iterator[Work]:
         """The Work is complete when the block ends. Blocks do not nest."""
-        work = self._work = Work()
-        before = self._peak = self.held_bytes
+        work = self.begin()
         yield work
-        work.saved_bytes = self.held_bytes - before
-        work.peak_bytes = self._peak - before
+        self.end(work)
+
+    def begin(self) -> Work:
+        """From here on everything is counted in this Work, until `end`."""
+        self._work, self._before, self._peak = Work(), self.held_bytes, self.held_bytes
+        return self._work
+
+    def end(self, work: Work) -> None:
+        assert work is self._work, "measurements do not nest"
+        work.saved_bytes = self.held_bytes - self._before
+        work.peak_bytes = self._peak - self._before
         self._work = Work()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -91,10 +100,9 @@ class Meter(TorchDispatchMode):
         if packet in flop_registry and not func.__name__.startswith(_ATTENTION):
             work.flops += flop_registry[packet](*args, out_val=out)
             work.launches += 1
-        elif not is_view or func._schema.is_mutable:
-            if not func.__name__.startswith(("empty", "new_empty", *_ATTENTION)):
-                work.moved_bytes += sum(map(_nbytes, given)) + sum(map(_nbytes, made))
-                work.launches += 1
+        elif (not is_view or func._schema.is_mutable) and not func.__name__.startswith(_FREE):
+            work.moved_bytes += sum(map(_nbytes, given)) + sum(map(_nbytes, made))
+            work.launches += 1
 
     def _count_collective(self, func, args) -> None:
         size = max(sum(map(_nbytes, tree_leaves(arg))) for arg in args[:2])

@@ -98,7 +98,9 @@ def probe_rank(
                 _forward(stage, chunk, batch)
         with meter.measure() as moments:
             optimizer_step(training)
-        chunks = tuple(_chunk_work(meter, stage, config, index, batch) for index in range(len(stage.modules)))
+        chunks = tuple(
+            _chunk_work(meter, stage, config, index, batch) for index in range(len(stage.modules))
+        )
         reduce, optimizer, gather = _once_a_step(meter, training)
         resident = config.reference_mode == "resident"
         return RankWork(
@@ -146,28 +148,40 @@ def _chunk_work(
     meter: Meter, stage: Stage, config: Config, index: int, batch: PackedBatch
 ) -> ChunkWork:
     module = stage.modules[index]
-    has_head = module.module.post_process
     head_forward = head_backward = None
     with module.no_sync():
         with meter.measure() as forward:
             item, hidden = _forward(stage, module, batch)
-        if has_head:
+        if not module.module.post_process:
+            with meter.measure() as backward:
+                hidden.backward(torch.empty_like(hidden))
+                hidden = item = None
+        else:
             report = schedule.loss_report(stage, loss_function(config))
-            leaf = hidden.detach().requires_grad_()
             with meter.measure() as head_forward:
-                loss = report(item[0], item[2], leaf)[0]
-            with meter.measure() as head_backward:
-                loss.backward()
-                del loss
-        with meter.measure() as backward:
-            hidden.backward(leaf.grad if has_head else torch.empty_like(hidden))
-            leaf = hidden = item = None
+                loss = report(item[0], item[2], hidden)[0]
+            head_backward, backward = _split_backward(meter, loss, hidden)
+            hidden = item = loss = None
     return ChunkWork(
         forward=forward,
         backward=backward,
         head_forward=head_forward,
         head_backward=head_backward,
     )
+
+
+def _split_backward(meter: Meter, loss: Tensor, hidden: Tensor) -> tuple[Work, Work]:
+    """(until the hidden states have their gradient, from there on)."""
+    found = [meter.begin()]
+
+    def reached(gradient: Tensor) -> None:
+        meter.end(found[0])
+        found.append(meter.begin())
+
+    hidden.register_hook(reached)
+    loss.backward()
+    meter.end(found[1])
+    return found[0], found[1]
 
 
 def _once_a_step(meter: Meter, training: Training) -> tuple[Work, Work, Work]:

@@ -13,15 +13,22 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError
+from reinforcer_tp.data.packed_batch import PackedBatch
+from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.pipeline_layout import even_layout
 from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout
 from reinforcer_tp.plan.layout import Layout, layout_of
-from reinforcer_tp.plan.meter import Work
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Rows, rows_of
 
 _MEGATRON = "policy.megatron_cfg."
-_MOST_STAGES = 32
+_MOST_STAGES = 16
+_PIPELINE_KEYS = (
+    "virtual_pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +42,14 @@ class Candidate:
 
 def search(config: Config, subject: Subject) -> Iterator[Candidate]:
     """Every layout of the world that the model allows, as they are planned."""
-    seen: dict[tuple, dict[int, RankWork]] = {}
+    probes = Probes()
     for overrides in layouts(config, subject):
-        yield _candidate(config, subject, overrides, seen)
+        yield _candidate(config, subject, overrides, probes)
 
 
 def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
     """Changes of one or two keys that need less memory, the cheapest kinds first."""
-    megatron, seen = config.policy.megatron_cfg, {}
+    megatron, probes = config.policy.megatron_cfg, Probes()
     tp, tokens = megatron.tensor_model_parallel_size, config.policy.micro_batch_tokens
     single: list[dict[str, Any]] = []
     if tp > 1 and not megatron.sequence_parallel:
@@ -62,9 +69,9 @@ def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
     elif megatron.recompute_granularity == "selective":
         single.append({f"{_MEGATRON}recompute_granularity": "full"})
     for overrides in single:
-        yield _candidate(config, subject, overrides, seen)
+        yield _candidate(config, subject, overrides, probes)
     for overrides in layouts(config, subject):
-        yield _candidate(config, subject, overrides, seen)
+        yield _candidate(config, subject, overrides, probes)
 
 
 def layouts(config: Config, subject: Subject) -> Iterator[dict[str, Any]]:
@@ -124,73 +131,104 @@ def _with(section: Any, path: list[str], value: Any) -> Any:
 
 
 def _candidate(
-    config: Config, subject: Subject, overrides: dict[str, Any], seen: dict
+    config: Config, subject: Subject, overrides: dict[str, Any], probes: Probes
 ) -> Candidate:
     try:
-        changed_config = changed(config, overrides)
-        changed_config.validate(subject.world_size, subject.gpus_per_node)
-        check_layout(changed_config, subject)
-        plan = _quick_plan(changed_config, subject, seen)
-    except (ConfigError, ValueError) as error:
+        config = changed(config, overrides)
+        config.validate(subject.world_size, subject.gpus_per_node)
+        check_layout(config, subject)
+        layout = layout_of(
+            config, subject.shape.num_layers, subject.world_size, subject.gpus_per_node
+        )
+        _check_weights(config, subject, layout)
+        rows = rows_of(config, subject.shape, layout, subject.pairs, subject.pairs_source)
+        rows = dataclasses.replace(rows, longest=probes.row(config, subject, layout, rows))
+        works = [rank_at_depth(config, subject, layout, rows, r, probes) for r in _all(layout)]
+    except ValueError as error:
         return Candidate(overrides=overrides, plan=None, refusal=str(error))
-    return Candidate(overrides=overrides, plan=plan)
+    return Candidate(overrides=overrides, plan=assemble(config, subject, layout, rows, works))
 
 
-def _quick_plan(config: Config, subject: Subject, seen: dict) -> Plan:
-    shape = subject.shape
-    layout = layout_of(config, shape.num_layers, subject.world_size, subject.gpus_per_node)
-    rows = rows_of(config, shape, layout, subject.pairs, subject.pairs_source)
-    works = few_layers(config, subject, layout, rows)
-    return assemble(config, subject, layout, rows, works)
+def _all(layout: Layout) -> range:
+    return range(layout.pp_size)
 
 
-def few_layers(config: Config, subject: Subject, layout: Layout, rows: Rows) -> list[RankWork]:
-    """What probing every rank gives, from one and two layers in a chunk."""
-    chunks, roles = layout.pp_size * layout.vpp_size, {}
-    for rank in sorted({0, min(1, layout.pp_size - 1), layout.pp_size - 1}):
-        roles[rank] = []
-        for depth in (1, 2):
+def _check_weights(config: Config, subject: Subject, layout: Layout) -> None:
+    """Raises ConfigError where weights, gradients and optimizer alone are too much."""
+    shape, megatron = subject.shape, config.policy.megatron_cfg
+    layer = pair_cost(shape).token / 6 / shape.num_layers
+    weights = max(
+        sum(layout.stage_layers[rank :: layout.pp_size]) * layer / layout.tp_size
+        for rank in _all(layout)
+    )
+    size = 4 if config.policy.precision == "float32" else 2
+    states = 8 if size == 4 else 12  # moments, and masters in 16 bits
+    if megatron.optimizer.use_distributed_optimizer:
+        states /= layout.dp_size
+    gradient = 4 if megatron.distributed_data_parallel_config.grad_reduce_in_fp32 else size
+    needed = weights * (size + gradient + states) / 2**30
+    if needed > subject.limit_gib:
+        raise ConfigError(
+            f"weights, gradients and optimizer of a rank need {needed:.0f} GiB of "
+            f"{subject.limit_gib:.1f}"
+        )
+
+
+class Probes:
+    """Ranks that were built, by what decides what they do; and the row they were given."""
+
+    def __init__(self) -> None:
+        self._works: dict[tuple, RankWork] = {}
+        self._rows: dict[tuple, PackedBatch] = {}
+
+    def row(self, config: Config, subject: Subject, layout: Layout, rows: Rows) -> PackedBatch:
+        """One row for all layouts whose rows are packed alike, but for a few tokens."""
+        policy = config.policy
+        limits = (policy.micro_batch_tokens, policy.train_micro_batch_size)
+        key = (*limits, layout.tp_size, layout.pp_size, policy.megatron_cfg.sequence_parallel)
+        return self._rows.setdefault(key, rows.longest)
+
+    def work(
+        self, config: Config, subject: Subject, layout: Layout, rows: Rows, rank: int, depth: int
+    ) -> RankWork:
+        """A rank of `depth` layers in a pipeline without chunks."""
+        plain = dataclasses.replace(layout, vpp_size=1, stage_layers=(depth,) * layout.pp_size)
+        even = changed(config, {f"{_MEGATRON}{key}": None for key in _PIPELINE_KEYS})
+        key = (repr(even.policy), layout.dp_size, rank, depth, len(rows.longest.tokens))
+        if key not in self._works:
             hf_config = copy.deepcopy(subject.hf_config)
-            hf_config.num_hidden_layers = depth * chunks
-            shallow = dataclasses.replace(layout, stage_layers=(depth,) * chunks)
-            roles[rank].append(
-                probe_rank(
-                    _even(config, layout),
-                    hf_config,
-                    shallow,
-                    rank,
-                    rows.longest,
-                    rows.sweep,
-                    on_gpu=subject.device.is_gpu,
-                )
+            hf_config.num_hidden_layers = depth * layout.pp_size
+            self._works[key] = probe_rank(
+                even,
+                hf_config,
+                plain,
+                rank,
+                rows.longest,
+                rows.sweep,
+                on_gpu=subject.device.is_gpu,
             )
-    return [_of_depth(layout, rank, roles) for rank in range(layout.pp_size)]
+        return self._works[key]
 
 
-def _even(config: Config, layout: Layout) -> Config:
-    """Its pipeline keys, where each chunk has as many layers."""
-    keys = {
-        "pipeline_model_parallel_layout": None,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
-        "virtual_pipeline_model_parallel_size": layout.vpp_size if layout.vpp_size > 1 else None,
-    }
-    return changed(config, {f"{_MEGATRON}{key}": value for key, value in keys.items()})
+def rank_at_depth(
+    config: Config, subject: Subject, layout: Layout, rows: Rows, rank: int, probes: Probes
+) -> RankWork:
+    """What building the rank gives, from ranks of one and two layers."""
+    last = layout.pp_size - 1
 
+    def line(role: int, depth: float) -> RankWork:
+        one, two = (probes.work(config, subject, layout, rows, role, d) for d in (1, 2))
+        return _line(one, two, depth)
 
-def _of_depth(layout: Layout, rank: int, roles: dict[int, list[RankWork]]) -> RankWork:
-    role = rank if rank in roles else 1
-    one, two = roles[role]
     layers = layout.stage_layers[rank :: layout.pp_size]
-    chunks = tuple(
-        _line(first, second, count)
-        for first, second, count in zip(one.chunks, two.chunks, layers, strict=True)
-    )
-    mean = sum(layers) / len(layers)
-    whole = _line(
-        dataclasses.replace(one, chunks=()), dataclasses.replace(two, chunks=()), mean
-    )
-    return dataclasses.replace(whole, pp_rank=rank, num_layers=sum(layers), chunks=chunks)
+    whole = line(rank if rank in (0, last) else 1, sum(layers))
+    chunks = []
+    for index, depth in enumerate(layers):
+        is_first, is_last = index == 0 and rank == 0, index == layout.vpp_size - 1 and rank == last
+        # Of two ranks none stands in the middle: there the first one's embedding is too much.
+        role = rank if is_first or is_last else min(1, last - 1)
+        chunks.append(line(role, depth).chunks[0])
+    return dataclasses.replace(whole, pp_rank=rank, num_layers=sum(layers), chunks=tuple(chunks))
 
 
 def _line(one: Any, two: Any, depth: float) -> Any:
@@ -198,11 +236,13 @@ def _line(one: Any, two: Any, depth: float) -> Any:
     if isinstance(one, (int, float)):
         value = one + (two - one) * (depth - 1)
         return round(value) if isinstance(one, int) else value
-    if isinstance(one, Work) or dataclasses.is_dataclass(one):
+    if dataclasses.is_dataclass(one):
         values = {
             f.name: _line(getattr(one, f.name), getattr(two, f.name), depth) for f in fields(one)
         }
         return dataclasses.replace(one, **values)
     if isinstance(one, dict):
         return type(one)({k: _line(one.get(k, 0), two.get(k, 0), depth) for k in {*one, *two}})
+    if isinstance(one, tuple):
+        return tuple(_line(a, b, depth) for a, b in zip(one, two, strict=True))
     return one
