@@ -157,7 +157,7 @@ def test_peak_is_that_of_megatrons_schedule(world_size, options, num_micro_batch
         predicted = rank_memory(work, layout, num_micro_batches).moments["forward and backward"]
         scheduled = measured_by_schedule(config, hf_config, layout, rank, rows, num_micro_batches)
         static = work.parameter_bytes + work.gradient_bytes + work.optimizer_bytes
-        assert 0.97 < (predicted - static) / scheduled < (1.03 if layout.vpp_size == 1 else 1.08)
+        assert 0.97 < (predicted - static) / scheduled < (1.03 if layout.vpp_size == 1 else 1.1)
 
 
 def measured_by_schedule(config, hf_config, layout, rank, rows, count) -> int:
