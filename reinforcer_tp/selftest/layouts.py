@@ -37,6 +37,7 @@ BASELINE = (
 # What every layout runs with, whatever the user's configuration says.
 ON_CPU = (
     "policy.precision=float32",
+    "policy.fp8=off",
     "policy.kernel_impl=torch",
     "policy.layer_spec=local",
     "cluster.gpus_per_node=null",
