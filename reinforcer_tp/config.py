@@ -142,7 +142,7 @@ class DistributedDataParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchConfig:
-    enabled: bool = False  # true is refused: LoRA is not built, FP8 goes by policy.fp8
+    enabled: bool = False  # true is refused; FP8 goes by policy.fp8
 
 
 @dataclass(frozen=True, kw_only=True)
