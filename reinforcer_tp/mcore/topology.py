@@ -99,6 +99,12 @@ def init_topology(
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    return megatron_topology(vpp_size, local_rank=local_rank, device=device)
+
+
+def megatron_topology(vpp_size: int, *, local_rank: int, device: torch.device) -> Topology:
+    """What Megatron's groups, which are there already, say of this process."""
     tp_group = parallel_state.get_tensor_model_parallel_group()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     dp_group = parallel_state.get_data_parallel_group()
@@ -106,7 +112,7 @@ def init_topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_rank=local_rank,
-        device=torch.device("cuda", local_rank) if has_cuda else torch.device("cpu"),
+        device=device,
         tp_rank=tp_group.rank(),
         tp_size=tp_group.size(),
         pp_rank=pp_group.rank(),
