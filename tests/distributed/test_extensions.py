@@ -25,6 +25,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 320,
     "max_position_embeddings": 256,
+    "initializer_range": 0.1,
     "architectures": ["LlamaForCausalLM"],
 }
 GPU = [
@@ -173,6 +174,6 @@ class TestOnAGpu:
         keys = ["policy.precision=bfloat16", f"{MEGATRON}.activation_checkpointing={recompute}"]
         plain, quantized = step_of(gpu, keys), step_of(gpu, [*keys, f"policy.fp8={fp8}"])
         difference = (quantized["logps"] - plain["logps"]).abs()
-        assert 0 < difference.mean() < 0.1
+        assert 0 < difference.mean() < 0.3
         for name, expected in plain["grads"].items():
-            assert similar(quantized["grads"][name], expected) > 0.95, name
+            assert similar(quantized["grads"][name], expected) > 0.9, name

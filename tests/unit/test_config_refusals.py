@@ -77,6 +77,7 @@ BAD_OVERRIDES = {
     f"{MEGATRON}.virtual_pipeline_model_parallel_size=0": ("virtual_pipe", "at least 1"),
     f"{MEGATRON}.peft.enabled=true": ("peft.enabled=true", "LoRA is not built yet"),
     f"{MEGATRON}.peft.dim=8": ("peft.dim", "LoRA is not built yet"),
+    f"{MEGATRON}.tp_comm_overlap=true": ("tp_comm_overlap", "rows of one length"),
     f"{MEGATRON}.fp8_cfg.enabled=true": ("fp8_cfg.enabled=true", "policy.fp8=hybrid"),
     "policy.fp8=e4m3": ("policy.fp8=e4m3", "off, hybrid, blockwise or null"),
     "policy.fp8=true": ("policy.fp8", "off, hybrid, blockwise or null"),
