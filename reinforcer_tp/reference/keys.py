@@ -37,8 +37,8 @@ class ReferenceKey:
 
 
 def numerics(precision: str, fp8: str | None = None) -> str:
-    """The arithmetic of a forward pass, as `float32-v1` or `bfloat16-fp8_hybrid-v1`."""
-    name = precision if fp8 in (None, "off") else f"{precision}-fp8_{fp8}"
+    """The arithmetic of a forward pass, as `float32-v1` or `bfloat16_fp8_hybrid-v1`."""
+    name = precision if fp8 in (None, "off") else f"{precision}_fp8_{fp8}"
     return f"{name}-v{MATHS_VERSION}"
 
 
