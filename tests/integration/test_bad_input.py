@@ -184,6 +184,10 @@ CASES = {
         overrides=(f"{MEGATRON}.fp8_cfg.enabled=true",),
         says=("fp8_cfg.enabled", "policy.fp8=hybrid"),
     ),
+    "fp8-without-a-gpu": Bad(
+        overrides=("policy.fp8=hybrid", "policy.precision=bfloat16"),
+        says=("policy.fp8=hybrid needs a CUDA device", "policy.fp8=off"),
+    ),
     "missing-data-file": Bad(
         overrides=("data.train_data_path=/nowhere/pairs.jsonl",),
         says=("/nowhere/pairs.jsonl", "data.train_data_path"),

@@ -31,6 +31,7 @@ ALLOWED = {
     ("reinforcer_tp/mcore/checkpoint.py", "torch.cuda.synchronize"): 1,  # files are written next
     ("reinforcer_tp/mcore/checkpoint.py", ".cpu()"): 1,
     ("reinforcer_tp/mcore/weights.py", ".cpu()"): 1,  # a tensor on its way to a file
+    ("reinforcer_tp/mcore/fake_cluster.py", "'cpu'"): 1,  # where its fake tensors stand
     ("reinforcer_tp/mcore/segments.py", "'cpu'"): 1,  # a default of host tables
     ("reinforcer_tp/mcore/shape.py", "'cpu'"): 1,  # transformers' rope tables
     ("reinforcer_tp/reference/sweep.py", "'cpu'"): 1,  # log-probs on their way to the store
