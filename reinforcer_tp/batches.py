@@ -4,6 +4,7 @@ from reinforcer_tp.config import Config
 from reinforcer_tp.data.loader import global_batch_rows, steps_per_epoch, validation_batch_rows
 from reinforcer_tp.data.micro_batches import MicroBatching
 from reinforcer_tp.flops import pair_cost
+from reinforcer_tp.fp8 import row_multiple
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.mcore.topology import Topology
 
@@ -49,7 +50,8 @@ def micro_batching(
         max_pairs=max_pairs,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        divisible_by=topology.tp_size if megatron.sequence_parallel else 1,
+        divisible_by=row_multiple(policy.fp8)
+        * (topology.tp_size if megatron.sequence_parallel else 1),
         equal_rows=topology.pp_size > 1,
         share=config.data.share,
         # Rows of one length cost the same: there the fewest tokens in the longest one count.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from reinforcer_tp import config_check, config_load, config_loss, config_yaml
+from reinforcer_tp import config_check, config_load, config_loss, config_yaml, fp8
 from reinforcer_tp.config_check import ConfigError, in_range, not_built, require
 from reinforcer_tp.config_keys import flatten
 from reinforcer_tp.model_shape import find_model_shape, validate_model
@@ -142,7 +142,7 @@ class DistributedDataParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchConfig:
-    enabled: bool = False  # true is refused: not built yet
+    enabled: bool = False  # true is refused; FP8 goes by policy.fp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,14 @@ class MegatronConfig:
     expert_model_parallel_size: int = 1  # more is not built yet
     sequence_parallel: bool = False  # split norms' activations over tensor parallelism
     activation_checkpointing: bool = False  # recompute activations in backward
-    recompute_granularity: Literal["full", "selective"] = "full"  # layers, or attention cores only
+    recompute_granularity: Literal["full", "selective"] = "full"  # layers, or recompute_modules
+    recompute_method: Literal["uniform", "block"] = (
+        "uniform"  # full: all layers, or only the first recompute_num_layers of each chunk
+    )
+    recompute_num_layers: int = 1  # uniform: layers kept as one input; block: layers recomputed
+    recompute_modules: list[str] = field(
+        default_factory=lambda: ["core_attn"]  # selective: core_attn, mlp or both
+    )
     peft: SwitchConfig = field(default_factory=SwitchConfig)  # LoRA
     fp8_cfg: SwitchConfig = field(default_factory=SwitchConfig)  # FP8 matrices
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -185,7 +192,12 @@ class MegatronConfig:
         for name, (feature, allowed) in refused.items():
             not_built(f"{prefix}.{name}", getattr(self, name), feature, allowed)
         not_built(f"{prefix}.peft.enabled", self.peft.enabled, "LoRA", False)
-        not_built(f"{prefix}.fp8_cfg.enabled", self.fp8_cfg.enabled, "FP8", False)
+        require(
+            not self.fp8_cfg.enabled,
+            f"{prefix}.fp8_cfg.enabled=true is not read: expected false; use policy.fp8=hybrid "
+            "(one scale a tensor) or blockwise",
+        )
+        config_check.check_recompute(self)
 
     @property
     def virtual_stages(self) -> int:
@@ -209,7 +221,9 @@ class PolicyConfig:
     kernel_cache_mib: int = 512  # MiB a micro-batch's operator keeps for backward; 0 = none; ours
     layer_spec: Literal["auto", "te", "local"] = "auto"  # auto = te on GPU where installed; ours
     load_weights: bool = True  # false = random weights, a function of dpo.seed; ours
-    fp8: str | None = None  # not built yet; ours
+    fp8: Literal["off", "hybrid", "blockwise"] | None = (
+        "off"  # matrices of the layers, by transformer-engine; null = off; ours
+    )
     megatron_cfg: MegatronConfig = field(default_factory=MegatronConfig)
 
     def __post_init__(self):
@@ -219,7 +233,6 @@ class PolicyConfig:
         in_range(self, "policy", "micro_batch_tokens", 3)  # a prompt and two responses
         in_range(self, "policy", "max_grad_norm", 0)
         in_range(self, "policy", "kernel_cache_mib", 0)
-        not_built("policy.fp8", self.fp8, "FP8", None)
 
     @property
     def clip_grad(self) -> float:
@@ -406,6 +419,7 @@ class Config:
         """
         config_check.check_layout(self)
         check_pipeline(self.policy.megatron_cfg)
+        fp8.check_policy(self.policy)
         config_check.check_world(self, world_size, local_world_size)
         config_check.check_data(self.data)
         config_check.check_reference(self)
@@ -458,6 +472,9 @@ NOT_IN_FINGERPRINT = (
     "policy.megatron_cfg.pipeline_model_parallel_layout",
     "policy.megatron_cfg.pipeline_model_parallel_size",
     "policy.megatron_cfg.recompute_granularity",
+    "policy.megatron_cfg.recompute_method",
+    "policy.megatron_cfg.recompute_modules",
+    "policy.megatron_cfg.recompute_num_layers",
     "policy.megatron_cfg.sequence_parallel",
     "policy.megatron_cfg.tensor_model_parallel_size",
     "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
@@ -487,6 +504,8 @@ def decisive(config: Config) -> dict[str, Any]:
     extended, watched otherwise or moved to another layout.
     """
     flat = flatten(dataclasses.asdict(config))
+    if flat["policy.fp8"] == "off":
+        flat["policy.fp8"] = None  # as checkpoints say that were written before it could be on
     ignored = tuple(f"{key}." for key in NOT_IN_FINGERPRINT)
     return {key: value for key, value in flat.items() if not f"{key}.".startswith(ignored)}
 

@@ -190,6 +190,29 @@ def check_layout(config) -> None:
     )
 
 
+def check_recompute(megatron) -> None:
+    """Keys of `policy.megatron_cfg` that say what is recomputed; its layers are counted later."""
+    prefix, modules = "policy.megatron_cfg", megatron.recompute_modules
+    in_range(megatron, prefix, "recompute_num_layers", 1)
+    # Megatron's "layernorm" crashes without transformer-engine, its others are of other networks.
+    require(
+        bool(modules)
+        and set(modules) <= {"core_attn", "mlp"}
+        and len(set(modules)) == len(modules),
+        f"{prefix}.recompute_modules={shown(modules)}; expected core_attn, mlp or both, each once",
+    )
+    is_full = megatron.recompute_granularity == "full"
+    by_layers = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    for name, default in ({"recompute_modules": ["core_attn"]} if is_full else by_layers).items():
+        value = getattr(megatron, name)
+        require(
+            value == default,
+            f"{prefix}.{name}={shown(value)} is not read with recompute_granularity="
+            f"{megatron.recompute_granularity}; remove it, or use "
+            f"recompute_granularity={'selective' if is_full else 'full'}",
+        )
+
+
 def check_data(data) -> None:
     """`data.*` keys that belong together; the files themselves are read later."""
     name = data.dataset_name

@@ -53,7 +53,8 @@ HINTS = {
     "policy.optimizer": "did you mean policy.megatron_cfg.optimizer?",
     "policy.scheduler": "did you mean policy.megatron_cfg.scheduler?",
     "policy.megatron_cfg.peft": "LoRA is not built yet; only enabled=false is accepted",
-    "policy.megatron_cfg.fp8_cfg": "FP8 is not built yet; only enabled=false is accepted",
+    "policy.megatron_cfg.fp8_cfg": "only enabled=false is accepted; see policy.fp8",
+    "policy.megatron_cfg.tp_comm_overlap": "not built: its buffers hold rows of one length only",
     **dict.fromkeys(
         (
             "policy.megatron_cfg.account_for_embedding_in_pipeline_split",

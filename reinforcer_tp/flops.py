@@ -46,7 +46,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     """The device's dense rate in float32, bfloat16 or float16, None when it is not in the table.
 
     `device_name` as torch.cuda.get_device_name gives it: of the names in the table that occur in it
-    as whole words, the longest counts. None too for a part of a device (MIG).
+    as whole words, the longest counts. None too for a part of a device (MIG). FP8 matrices are
+    judged by the 16-bit rate as well.
     """
     found = [name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
     is_part = re.search(r"\bMIG\b", device_name)

@@ -22,7 +22,7 @@ from reinforcer_tp.hf_files import (
     check_vocabulary,
     open_model,
 )
-from reinforcer_tp.mcore.model import choose_layer_spec
+from reinforcer_tp.mcore.extensions import check_fp8, choose_layer_spec
 from reinforcer_tp.mcore.schedule import check_kernel_impl
 from reinforcer_tp.mcore.topology import check_device_count
 from reinforcer_tp.metrics import check_loggers
@@ -62,6 +62,7 @@ def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
     check_device_count(local_world_size)
     check_loggers(config.logger)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_fp8(config.policy.fp8, device)
     choose_layer_spec(config.policy.layer_spec, device)  # refuses what is not there
     check_kernel_impl(config.policy.kernel_impl, device)
     policy, data_section, reference_name = config.policy, config.data, config.reference.model_name

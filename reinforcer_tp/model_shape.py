@@ -6,6 +6,7 @@ Imports neither torch nor transformers. Used by `--check`; training reads the mo
 import threading
 from pathlib import Path
 
+from reinforcer_tp import fp8
 from reinforcer_tp.config_check import ConfigError, require, shown
 from reinforcer_tp.pipeline_layout import stage_layers
 from reinforcer_tp.strict_json import parse_json
@@ -125,7 +126,8 @@ def validate_model(config, shape: dict) -> None:
         f"whole number; expected a complete Hugging Face config.json",
     )
     _check_tensor_split(megatron.tensor_model_parallel_size, shape)
-    stage_layers(megatron, shape["num_hidden_layers"])
+    _check_recompute(megatron, stage_layers(megatron, shape["num_hidden_layers"]))
+    fp8.check_model(config.policy, shape)
     _check_positions(config.policy.max_total_sequence_length, shape)
 
 
@@ -154,6 +156,19 @@ def _check_tensor_split(tp: int, shape: dict) -> None:
             f"policy.megatron_cfg.tensor_model_parallel_size={tp} does not divide the model's "
             f"{key}={size}; use {_either(fitting)}",
         )
+
+
+def _check_recompute(megatron, layers: list[int]) -> None:
+    """Megatron runs past a chunk's last layer where a unit is not whole."""
+    size = megatron.recompute_num_layers
+    is_uniform = megatron.activation_checkpointing and megatron.recompute_method == "uniform"
+    broken = [count for count in layers if count % size] if is_uniform else []
+    require(
+        not broken,
+        f"policy.megatron_cfg.recompute_num_layers={size} does not divide the {(broken or [0])[0]} "
+        f"layers of a pipeline stage (stages hold {', '.join(map(str, layers))}); use a divisor, "
+        "1, or recompute_method=block",
+    )
 
 
 def _either(numbers: list[int]) -> str:

@@ -99,7 +99,7 @@ def open_references(
         }
         progress.message("reference: its log-probs come with the rows")
     elif mode == "store":
-        key = ReferenceKey(digest, numerics(config.policy.precision))
+        key = ReferenceKey(digest, numerics(config.policy.precision, config.policy.fp8))
         store = open_store(store_root(config.reference), key, str(files.folder), topology)
         progress.message(f"reference store: {store.folder}")
         for name, pairs in sets.items():

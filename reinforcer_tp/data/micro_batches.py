@@ -18,7 +18,7 @@ class MicroBatching:
     max_pairs: int | None  # pairs of a packed row; None = no limit
     dp_rank: int
     dp_size: int
-    divisible_by: int  # row lengths are multiples of this: tp under sequence parallelism
+    divisible_by: int  # row lengths are multiples of this: sequence parallelism's tp, FP8's rows
     equal_rows: bool  # pad all rows of a batch to the longest: pipeline stages need one shape
     share: str = "prompt"  # what a pair lays out once: nothing | prompt | response
     cost: PairCost | None = None  # ranks get equal work by it; None = by tokens

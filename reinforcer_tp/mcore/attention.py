@@ -98,7 +98,9 @@ class PackedAttention(torch.nn.Module):
     """Core attention of Megatron's `SelfAttention` (ModuleSpec); has no parameters.
 
     On CUDA in bfloat16 and float16 it is the varlen kernel, elsewhere padded batches of segments
-    of similar length.
+    of similar length. Transformer Engine's attention is no choice beside it: for packed rows
+    Megatron's wrapper asks it for "padding_causal", aligned top-left, and a segment's queries are
+    the tail of its keys.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **unused):

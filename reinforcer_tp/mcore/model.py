@@ -16,11 +16,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from reinforcer_tp.fp8 import RECIPES
 from reinforcer_tp.mcore.attention import (
     PackedAttention,
     PackedAttentionParams,
     packed_attention_params,
 )
+from reinforcer_tp.mcore.extensions import choose_layer_spec, has_weight_gradient_kernel
 from reinforcer_tp.mcore.shape import ModelShape, model_shape, rope_frequencies
 from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.pipeline_layout import stage_layers
@@ -34,9 +36,14 @@ DTYPES = {
 
 
 def transformer_config(
-    shape: ModelShape, megatron: Any, *, dtype: torch.dtype, topology: Topology
+    shape: ModelShape,
+    megatron: Any,
+    *,
+    dtype: torch.dtype,
+    fp8: str | None = None,
+    topology: Topology,
 ) -> TransformerConfig:
-    """Megatron's config. `megatron` is the config section `policy.megatron_cfg`."""
+    """Megatron's config. `megatron` is the config section `policy.megatron_cfg`, `fp8` its key."""
     assert megatron.pipeline_model_parallel_size == topology.pp_size
     assert megatron.virtual_stages == topology.vpp_size
     return TransformerConfig(
@@ -55,11 +62,11 @@ def transformer_config(
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # The fused variants are compiled by torch's JIT; nothing here is timed on a GPU yet.
+        # torch.compile would make these anew for the lengths of rows. Nothing here is timed yet.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=has_weight_gradient_kernel(dtype, topology.device),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -72,6 +79,7 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         **_pipeline_settings(shape, megatron, topology),
         **_recompute_settings(megatron),
+        **(RECIPES[fp8].settings if fp8 in RECIPES else {}),
     )
 
 
@@ -96,11 +104,12 @@ def _recompute_settings(megatron: Any) -> dict[str, Any]:
     if not megatron.activation_checkpointing:
         return {}
     if megatron.recompute_granularity == "selective":
-        return {"recompute_granularity": "selective"}
+        modules = list(megatron.recompute_modules)
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {
         "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
+        "recompute_method": megatron.recompute_method,
+        "recompute_num_layers": megatron.recompute_num_layers,
     }
 
 
@@ -118,24 +127,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def choose_layer_spec(wanted: str, device: torch.device) -> str:
-    """`policy.layer_spec`; "auto" is "te" on a GPU where transformer-engine imports, else "local".
-
-    Raises:
-        ValueError: "te" without a GPU or the package.
-    """
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    if wanted == "te" and not (HAVE_TE and device.type == "cuda"):
-        raise ValueError(
-            "policy.layer_spec=te needs a CUDA device and transformer-engine; "
-            "install it with pip install 'reinforcer-tp[gpu]' or use policy.layer_spec=local"
-        )
-    if wanted == "auto":
-        return "te" if HAVE_TE and device.type == "cuda" else "local"
-    return wanted
 
 
 def block_spec(kind: str, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
@@ -242,7 +233,11 @@ def build_model(hf_config: Any, policy: Any, topology: Topology) -> PolicyModel:
     """
     shape = model_shape(hf_config)
     config = transformer_config(
-        shape, policy.megatron_cfg, dtype=DTYPES[policy.precision], topology=topology
+        shape,
+        policy.megatron_cfg,
+        dtype=DTYPES[policy.precision],
+        fp8=policy.fp8,
+        topology=topology,
     )
     kind = choose_layer_spec(policy.layer_spec, topology.device)
     layers = stage_layers(policy.megatron_cfg, shape.num_layers)

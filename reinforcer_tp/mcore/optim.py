@@ -1,10 +1,13 @@
 """Megatron's DDP wrap, optimizer and LR schedule, and the one optimizer step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,6 +16,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from reinforcer_tp.faultpoints import poison
 from reinforcer_tp.mcore.cpu import cuda_type_names
@@ -58,7 +62,7 @@ def build_training(
             _optimizer_config(policy, model.config.params_dtype, use_distributed), list(ddp)
         )
     model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = partial(_finalize_gradients, topology)
     if section.overlap_grad_reduce:
         # Each chunk's own hooks reduce and gather; grad_sync_func and param_sync_func would only
         # move those collectives to moments that all pipeline ranks share.
@@ -71,6 +75,26 @@ def build_training(
         max_grad_norm=policy.clip_grad,
         topology=topology,
     )
+
+
+def _finalize_gradients(
+    topology: Topology,
+    chunks: Sequence[DistributedDataParallel],
+    num_pairs: Tensor,  # () int, of this rank's micro-batches, on the last stage
+    **kwargs: Any,
+) -> None:
+    """Reduces gradients and divides them by the pairs of the global batch.
+
+    Megatron divides where `num_tokens > 0`, for which the host waits, once a chunk. Without a pair
+    gradients are 0, whatever divides them.
+    """
+    finalize_model_grads(chunks, None, **kwargs)
+    if topology.pp_size > 1:
+        last = dist.get_global_rank(topology.pp_group, topology.pp_size - 1)
+        dist.broadcast(num_pairs, src=last, group=topology.pp_group)
+    dist.all_reduce(num_pairs, group=topology.dp_group)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_pairs.clamp(min=1))
 
 
 def _optimizer_config(policy: Any, dtype: torch.dtype, use_distributed: bool) -> OptimizerConfig:

@@ -2,8 +2,8 @@
 
 The contract: `calculate_per_token_loss=True` and a loss function that returns
 `(sum over pairs, number of pairs as an int tensor, report)`. Megatron then divides nothing per
-micro-batch; `finalize_model_grads` divides the gradients once by the pairs of the global batch,
-summed over data-parallel ranks. So unequal and empty micro-batches are exact.
+micro-batch; mcore/optim.py divides the gradients once by the pairs of the global batch, summed over
+data-parallel ranks. So unequal and empty micro-batches are exact.
 
 Legend: T packed tokens, N response tokens, B pairs of a micro-batch, D hidden.
 """

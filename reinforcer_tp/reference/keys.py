@@ -36,9 +36,10 @@ class ReferenceKey:
         return f"{self.digest[:32]}-{self.numerics}"
 
 
-def numerics(precision: str) -> str:
-    """The arithmetic of a forward pass in `precision`, as `float32-v1`."""
-    return f"{precision}-v{MATHS_VERSION}"
+def numerics(precision: str, fp8: str | None = None) -> str:
+    """The arithmetic of a forward pass, as `float32-v1` or `bfloat16_fp8_hybrid-v1`."""
+    name = precision if fp8 in (None, "off") else f"{precision}_fp8_{fp8}"
+    return f"{name}-v{MATHS_VERSION}"
 
 
 def pair_key(pair: TokenizedPair) -> bytes:

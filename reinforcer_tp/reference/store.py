@@ -50,7 +50,7 @@ __all__ = ["Description", "ReferenceKey", "ReferenceStore", "ShardWriter", "Stor
 SHARD_PAIRS = 4096  # pairs of a shard at most
 SHARD_SECONDS = 60.0  # work that a crash may lose
 DESCRIPTION = "reference.json"
-FOLDER_NAME = re.compile(r"[0-9a-f]{32}-[a-z0-9]+-v\d+")
+FOLDER_NAME = re.compile(r"[0-9a-f]{32}-[a-z0-9_]+-v\d+")
 _THREADS = min(8, os.cpu_count() or 1)  # that decode shards
 _TOKEN_BYTES = 8  # of a response token: an id and a log-prob, uncompressed
 

@@ -28,6 +28,10 @@ BASELINE = (
     f"{_MEGATRON}.num_layers_in_last_pipeline_stage=null",
     f"{_MEGATRON}.pipeline_model_parallel_layout=null",
     f"{_MEGATRON}.activation_checkpointing=false",
+    f"{_MEGATRON}.recompute_granularity=full",
+    f"{_MEGATRON}.recompute_method=uniform",
+    f"{_MEGATRON}.recompute_num_layers=1",
+    f"{_MEGATRON}.recompute_modules=[core_attn]",
     f"{_MEGATRON}.optimizer.use_distributed_optimizer=false",
     "policy.train_micro_batch_size=null",
     "policy.micro_batch_tokens=null",
@@ -37,6 +41,7 @@ BASELINE = (
 # What every layout runs with, whatever the user's configuration says.
 ON_CPU = (
     "policy.precision=float32",
+    "policy.fp8=off",
     "policy.kernel_impl=torch",
     "policy.layer_spec=local",
     "cluster.gpus_per_node=null",
@@ -52,7 +57,7 @@ _TP2 = (f"{_MEGATRON}.tensor_model_parallel_size=2",)
 _SP = (*_TP2, f"{_MEGATRON}.sequence_parallel=true")
 _PP2 = (f"{_MEGATRON}.pipeline_model_parallel_size=2",)
 _SHARDED = (f"{_MEGATRON}.optimizer.use_distributed_optimizer=true",)
-_FULL = (f"{_MEGATRON}.activation_checkpointing=true", f"{_MEGATRON}.recompute_granularity=full")
+_FULL = (f"{_MEGATRON}.activation_checkpointing=true",)
 _SELECTIVE = (_FULL[0], f"{_MEGATRON}.recompute_granularity=selective")
 _PROMPT = ("data.share_prompts=true",)
 _RESPONSE = (*_PROMPT, "data.share_prefix=response")

@@ -40,6 +40,9 @@ MODELS = {  # name -> (layers, tied)
 }
 FULL = {"activation_checkpointing": True}
 SELECTIVE = {"activation_checkpointing": True, "recompute_granularity": "selective"}
+MLP = SELECTIVE | {"recompute_modules": ["mlp", "core_attn"]}
+BLOCK = FULL | {"recompute_method": "block"}
+UNITS = FULL | {"recompute_num_layers": 2}
 VIRTUAL = {"virtual_pipeline_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 _groups: dict = {}  # of a spawned rank: (tp, pp) -> the topology whose groups exist
@@ -59,6 +62,9 @@ def layout(text: str) -> dict:
 CASES = {  # name -> (model, tp, pp, keys of policy.megatron_cfg); dp is what is left of 4
     "pp2_full": ("four", 1, 2, FULL),
     "pp2_selective": ("four", 1, 2, SELECTIVE),
+    "pp2_mlp": ("four", 1, 2, MLP),
+    "pp2_block": ("four", 1, 2, BLOCK),
+    "pp2_units": ("four", 1, 2, UNITS),
     "vpp2": ("four", 1, 2, VIRTUAL),
     "vpp2_full": ("four", 1, 2, VIRTUAL | FULL),
     "vpp2_selective": ("four", 1, 2, VIRTUAL | SELECTIVE),
@@ -70,6 +76,9 @@ CASES = {  # name -> (model, tp, pp, keys of policy.megatron_cfg); dp is what is
     "layout_vpp3": ("eight", 1, 2, layout("E|t|(tt|)*2t|ttL")),
     "first_last_pp4": ("eight", 1, 4, ends(1, 3)),
     "vpp2_pp4": ("eight", 1, 4, VIRTUAL),
+    "vpp2_block_sp": ("eight", 2, 2, VIRTUAL | BLOCK | SP),
+    "vpp2_units_sp": ("eight", 2, 2, VIRTUAL | UNITS | SP),
+    "vpp2_mlp_sp": ("four", 2, 2, VIRTUAL | MLP | SP),
     "vpp2_sp": ("four", 2, 2, VIRTUAL | SP),
     "layout_bare_loss_tied": ("five_tied", 1, 2, layout("Ettt|t|t|L") | FULL),
     "layout_vpp2_sp_full_tied": ("five_tied", 2, 2, layout("E|tt|t|ttL") | FULL | SP),

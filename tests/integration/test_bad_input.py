@@ -181,7 +181,12 @@ CASES = {
         overrides=(f"{MEGATRON}.peft.enabled=true",), says=("peft.enabled", "not built yet")
     ),
     "fp8": Bad(
-        overrides=(f"{MEGATRON}.fp8_cfg.enabled=true",), says=("fp8_cfg.enabled", "not built yet")
+        overrides=(f"{MEGATRON}.fp8_cfg.enabled=true",),
+        says=("fp8_cfg.enabled", "policy.fp8=hybrid"),
+    ),
+    "fp8-without-a-gpu": Bad(
+        overrides=("policy.fp8=hybrid", "policy.precision=bfloat16"),
+        says=("policy.fp8=hybrid needs a CUDA device", "policy.fp8=off"),
     ),
     "missing-data-file": Bad(
         overrides=("data.train_data_path=/nowhere/pairs.jsonl",),

@@ -41,6 +41,7 @@ ALLOWED = {
         "reinforcer_tp.config_check",
         "reinforcer_tp.data.packed_batch",
         "reinforcer_tp.faultpoints",
+        "reinforcer_tp.fp8",
         "reinforcer_tp.pipeline_layout",
         "reinforcer_tp.untrusted",
     ),

@@ -96,7 +96,8 @@ def test_what_does_not_reach_the_reference_is_not_in_the_key():
 
 
 def test_numerics_name_precision_and_version():
-    assert numerics("bfloat16") == f"bfloat16-v{MATHS_VERSION}"
+    assert numerics("bfloat16") == numerics("bfloat16", "off") == f"bfloat16-v{MATHS_VERSION}"
+    assert numerics("bfloat16", "hybrid") == f"bfloat16_fp8_hybrid-v{MATHS_VERSION}"
     key = ReferenceKey("0123456789abcdef" * 4, "float32-v1")
     assert key.name == "0123456789abcdef0123456789abcdef-float32-v1"
 

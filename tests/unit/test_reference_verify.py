@@ -134,6 +134,14 @@ def test_verify_of_old_arithmetic_and_of_nothing(tmp_path, capsys):
     assert old.name in one_error(capsys)
 
 
+def test_what_was_computed_in_fp8_is_not_compared(tmp_path, capsys):
+    key = ReferenceKey(KEY.digest, numerics("bfloat16", "hybrid"))
+    with ReferenceStore(tmp_path, key, model="/models/m").writer() as writer:
+        writer.add(pair(0), true_logps(pair(0)))
+    assert main(["verify", str(tmp_path)]) == 65
+    assert "computed in FP8 (bfloat16_fp8_hybrid-v1)" in one_error(capsys)
+
+
 def test_the_sample_is_random_and_repeatable(stored):
     from reinforcer_tp.reference.verify import sample
 
