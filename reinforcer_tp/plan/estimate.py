@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,15 @@ def check_layout(config: Config, subject: Subject) -> None:
         )
 
 
+def plannable(config: Config) -> Config:
+    """What can be built here: local layers in place of Transformer Engine's, 16 bits of FP8."""
+    policy = dataclasses.replace(config.policy, layer_spec="local", fp8=None)
+    return dataclasses.replace(config, policy=policy)
+
+
 def _probe(config: Config, subject: Subject, layout: Layout, rank: int, rows: Rows) -> RankWork:
     return probe_rank(
-        config,
+        plannable(config),
         subject.hf_config,
         layout,
         rank,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from reinforcer_tp.config import Config
@@ -20,7 +19,7 @@ from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.loop import loss_function
 from reinforcer_tp.mcore import schedule
 from reinforcer_tp.mcore.fake_cluster import fake_rank
-from reinforcer_tp.mcore.model import build_model
+from reinforcer_tp.mcore.model import PolicyModel, build_model
 from reinforcer_tp.mcore.optim import Training, build_training, gather_weights, optimizer_step
 from reinforcer_tp.mcore.schedule import Stage, open_stage
 from reinforcer_tp.plan.layout import Layout
@@ -101,7 +100,7 @@ def probe_rank(
         chunks = tuple(
             _chunk_work(meter, stage, config, index, batch) for index in range(len(stage.modules))
         )
-        reduce, optimizer, gather = _once_a_step(meter, training)
+        reduce, optimizer, gather = _once_a_step(meter, training, model)
         resident = config.reference_mode == "resident"
         return RankWork(
             pp_rank=pp_rank,
@@ -184,10 +183,10 @@ def _split_backward(meter: Meter, loss: Tensor, hidden: Tensor) -> tuple[Work, W
     return found[0], found[1]
 
 
-def _once_a_step(meter: Meter, training: Training) -> tuple[Work, Work, Work]:
+def _once_a_step(meter: Meter, training: Training, model: PolicyModel) -> tuple[Work, Work, Work]:
     num_pairs = torch.zeros((), dtype=torch.int)
     with meter.measure() as reduce:
-        finalize_model_grads(list(training.ddp), num_pairs)
+        model.config.finalize_model_grads_func(list(training.ddp), num_pairs)
     with meter.measure() as optimizer:
         optimizer_step(training)
     with meter.measure() as gather:

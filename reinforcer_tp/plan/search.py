@@ -10,19 +10,25 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.pipeline_layout import even_layout
-from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout
+from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout, plannable
 from reinforcer_tp.plan.layout import Layout, layout_of
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Rows, rows_of
 
 _MEGATRON = "policy.megatron_cfg."
 _MOST_STAGES = 16
+_RECOMPUTE = {  # how much of it, as the granularity has it by default
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+    "recompute_modules": ["core_attn"],
+}
 _PIPELINE_KEYS = (
     "virtual_pipeline_model_parallel_size",
     "pipeline_model_parallel_layout",
@@ -65,11 +71,13 @@ def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
             single.append({
                 f"{_MEGATRON}activation_checkpointing": True,
                 f"{_MEGATRON}recompute_granularity": granularity,
+                **{f"{_MEGATRON}{key}": value for key, value in _RECOMPUTE.items()},
             })  # fmt: skip
     elif megatron.recompute_granularity == "selective":
-        single.append({f"{_MEGATRON}recompute_granularity": "full"})
+        keys = {"recompute_granularity": "full", **_RECOMPUTE}
+        single.append({f"{_MEGATRON}{key}": value for key, value in keys.items()})
     for overrides in single:
-        yield _candidate(config, subject, overrides, probes)
+        yield _candidate(config, subject, _differing(config, overrides), probes)
     for overrides in layouts(config, subject):
         yield _candidate(config, subject, overrides, probes)
 
@@ -112,22 +120,32 @@ def _changed(
         "sequence_parallel": tp > 1,
         "activation_checkpointing": recompute is not None,
         "recompute_granularity": recompute or config.policy.megatron_cfg.recompute_granularity,
-    }
-    now = config.policy.megatron_cfg
-    return {f"{_MEGATRON}{k}": v for k, v in wanted.items() if getattr(now, k) != v}
+    } | _RECOMPUTE
+    return _differing(config, {f"{_MEGATRON}{key}": value for key, value in wanted.items()})
+
+
+def _differing(config: Config, overrides: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in overrides.items() if attrgetter(k)(config) != v}
 
 
 def changed(config: Config, overrides: dict[str, Any]) -> Config:
-    """The configuration with dotted keys set; each section checks itself again."""
+    """The configuration with dotted keys set, all at once; each section checks itself again."""
+    nested: dict[str, Any] = {}
     for key, value in overrides.items():
-        config = _with(config, key.split("."), value)
-    return config
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return _with(config, nested)
 
 
-def _with(section: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    value = _with(getattr(section, name), rest, value) if rest else value
-    return dataclasses.replace(section, **{name: value})
+def _with(section: Any, values: dict[str, Any]) -> Any:
+    is_section = {name: dataclasses.is_dataclass(getattr(section, name)) for name in values}
+    return dataclasses.replace(
+        section,
+        **{k: _with(getattr(section, k), v) if is_section[k] else v for k, v in values.items()},
+    )
 
 
 def _candidate(
@@ -199,7 +217,7 @@ class Probes:
             hf_config = copy.deepcopy(subject.hf_config)
             hf_config.num_hidden_layers = depth * layout.pp_size
             self._works[key] = probe_rank(
-                even,
+                plannable(even),
                 hf_config,
                 plain,
                 rank,

@@ -138,8 +138,9 @@ def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
         f"{GAPS:.0%} that the allocator loses to gaps"
     )
     yield (
-        "kernels: the local layer spec and torch's AdamW; Transformer Engine and Apex need less. "
-        "Validation, checkpoints and start-up are not counted. No figure here was measured on a GPU"
+        "kernels: the local layer spec and torch's AdamW; Transformer Engine's, Apex's and FP8 "
+        "(planned as 16 bits) differ. Validation, checkpoints and start-up are not counted. No "
+        "figure here was measured on a GPU"
     )
 
 
