@@ -26,6 +26,7 @@ from reinforcer_tp.lifecycle.position import STEP_PARTS, Position
 
 _SAME_BURST_S = 2.0  # torchrun forwards a signal that the terminal has sent already
 _LOOK_AT_PEERS_S = 0.5  # before a signal is taken for the cause: a peer may have died first
+_BEAT_S = 30.0  # between heartbeats within a step, a validation, a sweep
 _UNKNOWN_SAVE_S = 60.0  # of a save, while none was seen; at most a tenth of the limit
 
 
@@ -81,7 +82,7 @@ class Stops:
         self._requested_at = 0.0
         self._stop_file: Path | None = None
         self._limit_s: float | None = None
-        self._boundary_at = self._begin
+        self._boundary_at = self._beat_at = self._begin
         self._step_s = 0.0  # the longest, with what came before it, such as a validation
         self._last_step_s = 0.0
         self._num_steps = 0
@@ -190,6 +191,8 @@ class Stops:
     def tick(self) -> None:
         """Something has moved within a phase."""
         self.position.tick()
+        if time.monotonic() - self._beat_at >= _BEAT_S:
+            self._beat()
 
     def step(self, step: int) -> None:
         """`step` has finished."""
@@ -209,6 +212,7 @@ class Stops:
             self.ending.peers.wake()
 
     def _beat(self) -> None:
+        self._beat_at = time.monotonic()
         if self.ending.rank == 0 and self.ending.attempt is not None:
             self.ending.attempt.beat(self.position)
 

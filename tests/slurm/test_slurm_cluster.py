@@ -1,0 +1,382 @@
+"""The job scripts on a real Slurm of three nodes. One file: one cluster, and jobs side by side.
+
+Jobs that only need to be watched are submitted at once and looked at one after the other. They are
+in the partition `urgent`, which is never preempted; those in `batch` are.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import cluster as slurm
+from tests.slurm.cluster import HERE, REPOSITORY, Cluster, Job
+
+pytestmark = pytest.mark.timeout(400)
+SCRIPT = "slurm/dpo_llama70b.sh"
+WORDS = [
+    "dpo.seed=1",
+    'logger.wandb.name="two words"',
+    "policy.tokenizer.chat_template_kwargs={a: 'b  c', d: $HOME *}",
+]
+SMI = """#!/bin/bash
+case " $FAKE_FEW_GPUS " in *" $SLURMD_NODENAME "*) few=1 ;; esac
+case "$*" in
+*-L*) [[ -n ${few:-} ]] || echo "GPU 0: H100 (UUID: GPU-0)" ;;
+*ecc*) case " $FAKE_ECC " in *" $SLURMD_NODENAME "*) echo "0, 3" ;; *) echo "0, [N/A]" ;; esac ;;
+esac
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        result = slurm.start(root)
+        if result.returncode == slurm.CANNOT_RUN and os.environ.get("REQUIRE_SLURM") != "1":
+            pytest.skip(f"no Slurm can run here: {result.stderr.strip()}")
+        assert result.returncode == 0, result.stderr
+        folder = root / "runs"
+        folder.mkdir()
+        yield Cluster(root=root, folder=folder)
+    finally:
+        slurm.stop(root)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def tool(folder: Path, name: str, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def toys(cluster):
+    """Submits a job whose torchrun is the toy."""
+    tools = cluster.root / "tools"
+    tool(tools, "nvidia-smi", SMI)
+    toy = tool(tools, "toy", f'#!/bin/sh\nexec {sys.executable} {HERE / "toy.py"} "$@"\n')
+
+    def submit(name: str, options: str = "", words: tuple[str, ...] = (), **environment) -> Job:
+        small = "-p urgent --nodes=1 --gpus-per-node=1 --exclusive=user --mem=100 --exclude=n2"
+        variables = {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "DPO_TORCHRUN": toy,
+            "DPO_RUN_DIR": str(cluster.folder / name),
+            "DPO_MIN_FREE_GIB": "1",
+            "TOY_STEPS": "10",
+            "TOY_STEP_S": "0.1",
+            "TOY_SAVE_EVERY": "5",
+        } | environment
+        given = [*small.split(), *options.split()]
+        return cluster.submit(name, given, [SCRIPT, *words], **variables)
+
+    return submit
+
+
+TRAINER = [
+    *("policy.model_name=embedded", "dpo.max_num_steps=40", "dpo.val_period=0"),
+    *("dpo.val_at_start=false", "dpo.val_at_end=false", "checkpointing.save_period=1000"),
+    "logger.tensorboard_enabled=false",
+]
+
+
+def submit_trainer(cluster: Cluster, name: str, options: str, **environment: str) -> Job:
+    """The real trainer on CPUs, a process on each of two nodes."""
+    given = "--nodes=2 --gpus-per-node=0 --exclusive=user --nodelist=n1,n3 " + options
+    variables = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DPO_CONFIG": "configs/dpo.yaml",
+        "DPO_PROCS_PER_NODE": "1",
+        "DPO_MIN_FREE_GIB": "1",
+    } | environment
+    words = [SCRIPT, *TRAINER, f"logger.log_dir={cluster.folder / name}"]
+    return cluster.submit(name, given.split(), words, **variables)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs(cluster, toys) -> dict[str, Job]:
+    """All that need no hand: submitted together, each found by its name."""
+    crash = {"TOY_STEPS": "20", "TOY_STEP_S": "0.05"}
+    made = [
+        submit_trainer(cluster, "preempted", "-p batch --mem=1500G", DPO_PREFLIGHT_S="0"),
+        submit_trainer(cluster, "whole", "-p urgent --mem=100"),
+        toys(
+            "limit",
+            "--time=1 --signal=B:USR1@25",
+            DPO_SAVE_LEAD_S="25",
+            DPO_PREFLIGHT_S="0",
+            TOY_STEPS="500",
+            TOY_SAVE_EVERY="10000",
+        ),
+        toys("order", "--nodes=3 --exclude=", words=tuple(WORDS)),
+        toys("progress", TOY_FAULT="killed@+6", DPO_MAX_FAILURES="2", **crash),
+        toys("stuck", TOY_FAULT="killed@7", **crash),
+        toys("errors", TOY_FAULT="error@7", DPO_MAX_FAILURES="9", **crash),
+        toys("damaged", TOY_FAULT="data@7", **crash),
+        toys("hang", "--nodes=2", TOY_FAULT="hang@7", TOY_FAULTS="1", DPO_HANG_S="3"),
+        toys("few", FAKE_FEW_GPUS="n1"),
+        toys("ecc", FAKE_ECC="n1"),
+        toys("ring", "--nodes=2 --exclude=", TOY_NO_ALL_REDUCE="n1"),
+        toys("extended", "--dependency=singleton"),
+        toys("chain", "--dependency=singleton", TOY_STEP_S="0.5"),
+    ]
+    again = toys("chain", "--dependency=singleton")
+    return {job.run.name: job for job in made} | {"again": again}
+
+
+def preempt(cluster: Cluster, nodes: str) -> Job:
+    """A job of more worth, which needs the memory that only one in `batch` has."""
+    script = tool(cluster.root / "tools", "short.sh", "#!/bin/bash\nsleep 1\n")
+    options = f"-p urgent --nodelist={nodes} --nodes={nodes.count('n')} --mem=1000G"
+    name = f"worth-{nodes.replace(',', '-')}"
+    return cluster.submit(name, [*options.split(), "--exclusive=user"], [script])
+
+
+def checkpoints(job: Job) -> list[str]:
+    return sorted(path.name for path in job.run.glob("checkpoints/step_*"))
+
+
+def goes_on(job: Job) -> bool:
+    """Whether each attempt began at the checkpoint that the one before it had left."""
+    ends = [end for end in job.ends() if end]
+    return all(
+        later["start_step"] == (earlier["saved_step"] or earlier["start_step"])
+        for earlier, later in zip(ends, ends[1:], strict=False)
+    )
+
+
+def test_a_preempted_trainer_goes_on_bit_for_bit(cluster, jobs):
+    """First, since it takes longest: the other jobs run meanwhile."""
+    job, whole = jobs["preempted"], jobs["whole"]
+    job.wait_for(lambda: job.heartbeat_step() >= 10, 150, "ten steps")
+    preempt(cluster, "n1,n3")
+    assert job.end(200) == "COMPLETED", job.story()
+    first, last = job.ends()
+    assert (first["code"], first["cause"], last["code"]) == (75, "stop", 0), job.story()
+    assert "SIGTERM" in first["message"] and 10 <= first["saved_step"] < 40
+    assert last["start_step"] == first["saved_step"]
+    assert whole.end(120) == "COMPLETED", whole.story()
+    assert whole.codes() == [0]
+    files = {path.relative_to(whole.run) for path in whole.run.rglob("*.safetensors")}
+    assert {"hf", "checkpoints"} == {path.parts[0] for path in files}
+    files = {path for path in files if path.parts[1] != f"step_{first['saved_step']}"}
+    for path in files:
+        assert digest(job.run / path) == digest(whole.run / path), path
+    assert "preflight: all-reduce: 0.25 MiB over 2 ranks" in whole.text()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_nodes_are_launched_in_slurms_order(cluster, jobs):
+    job = jobs["order"]
+    assert job.end() == "COMPLETED", job.story()
+    [nodes] = job.launches()
+    named = job.show()["NodeList"]
+    order = cluster.ask("scontrol", "show", "hostnames", named).split()
+    assert [node["host"] for node in nodes] == order == ["n1", "n2", "n3"]
+    for number, node in enumerate(nodes):
+        assert {f"--node-rank={number}", "--nnodes=3", "--nproc-per-node=1"} <= set(node["words"])
+        assert f"--master-addr={order[0]}" in node["words"]
+        assert "--rdzv-backend=static" in node["words"]
+    ports = {w for node in nodes for w in node["words"] if w.startswith("--master-port=")}
+    assert len(ports) == 1
+    assert {p.name for p in job.run.glob("slurm/*.log")} == {
+        f"{job.number}.0.{node}.log" for node in order
+    }
+
+
+def test_arguments_reach_the_trainer_as_they_were(cluster, jobs):
+    jobs["order"].end()
+    for node in jobs["order"].launches()[0]:
+        words = node["words"]
+        trainer = words[words.index("reinforcer_tp/train.py") + 1 :]
+        assert trainer[:2] == ["--config", "configs/dpo_llama70b.yaml"]
+        assert trainer[2:4] == ["cluster.num_nodes=3", "cluster.gpus_per_node=1"]
+        assert trainer[4:] == [f"logger.log_dir={jobs['order'].run}", *WORDS]
+
+
+def test_crashes_with_progress_are_requeued_until_done(jobs):
+    job = jobs["progress"]
+    assert job.end() == "COMPLETED", job.story()
+    assert job.codes() == [None, None, None, 0]
+    assert job.ends()[-1]["start_step"] == 15 and job.show()["Restarts"] == "3"
+    assert "failure 2" not in job.text()
+
+
+def test_crashes_without_progress_end_the_job(jobs):
+    job = jobs["stuck"]
+    assert job.end() == "FAILED", job.story()
+    assert job.codes() == [None] * 3 and job.show()["Restarts"] == "2"
+    assert "no progress since checkpoint 5" in job.text()
+
+
+def test_the_trainers_own_verdict_ends_the_job(jobs):
+    job = jobs["errors"]
+    assert job.end() == "FAILED", job.story()
+    assert job.codes() == [70, 70, 93] and job.show()["ExitCode"] == "93:0"
+    assert "the third failure in a row" in job.text()
+
+
+def test_bad_data_is_not_tried_again(jobs):
+    job = jobs["damaged"]
+    assert job.end() == "FAILED", job.story()
+    assert job.codes() == [65] and job.show()["ExitCode"] == "65:0"
+    assert "attempt ended with 65: the toy's checkpoint is damaged" in job.text()
+
+
+def test_a_hang_leaves_stacks_and_is_requeued(jobs):
+    job = jobs["hang"]
+    assert job.end() == "COMPLETED", job.story()
+    assert job.codes() == [None, 0] and job.ends()[1]["start_step"] == 5
+    assert "no heartbeat for 3 s" in job.text()
+    stacks = (job.run / "attempts" / "0001" / "stacks_rank0.txt").read_text()
+    assert re.search(r'toy.py", line \d+ in fail', stacks), stacks
+
+
+def check_left_out(job: Job, why: str) -> None:
+    assert job.end() == "COMPLETED", job.story()
+    assert why in job.text(), job.text()
+    about = job.show()
+    assert about["ExcNodeList"] in ("n[1-2]", "n2,n1") and about["NodeList"] == "n3", about
+    assert about["Restarts"] == "1" and job.codes() == [0]
+
+
+def test_a_node_with_fewer_gpus_is_left_out(jobs):
+    check_left_out(jobs["few"], "preflight n1: bad: GPUs: nvidia-smi lists 0, expected 1")
+    log = jobs["few"].run / "slurm" / f"{jobs['few'].number}.0.n1.log"
+    assert "lists 0, expected 1" in log.read_text()
+
+
+def test_a_node_with_memory_errors_is_left_out(jobs):
+    check_left_out(jobs["ecc"], "preflight n1: bad: ECC: uncorrected errors: GPU 0: 3")
+
+
+def test_a_node_whose_gpus_do_not_reduce_is_left_out(jobs):
+    job = jobs["ring"]
+    assert job.end() == "COMPLETED", job.story()
+    assert "no all-reduce among the processes of n1" in job.text()
+    assert job.show()["ExcNodeList"] == "n1" and job.show()["NodeList"] == "n[2-3]"
+
+
+def test_a_chain_ends_with_the_run(jobs):
+    first, again = jobs["chain"], jobs["again"]
+    assert (first.end(), again.end()) == ("COMPLETED", "COMPLETED")
+    assert first.codes() == [0], "the second job has started the trainer again"
+    assert "done already" in first.text()
+
+
+def test_another_command_starts_the_trainer_again(jobs, toys):
+    job = jobs["extended"]
+    assert job.end() == "COMPLETED", job.story()
+    more = toys("extended", words=("dpo.max_num_steps=20",), TOY_STEPS="20")
+    assert more.end() == "COMPLETED", more.story()
+    assert job.codes() == [0, 0] and job.ends()[1]["start_step"] == 10
+
+
+def test_a_preempted_job_goes_on(cluster, toys):
+    job = toys("yields", "-p batch --exclude= --nodelist=n2 --mem=1500G", TOY_STEPS="100")
+    job.wait_for(lambda: job.heartbeat_step() >= 20, 60, "twenty steps")
+    urgent = preempt(cluster, "n2")
+    urgent.end()
+    job.wait_for(lambda: job.show()["Restarts"] == "1", 30, "the requeue")
+    assert job.end() == "COMPLETED", job.story()
+    assert job.codes() == [75, 0] and goes_on(job)
+    assert "stopped by SIGTERM" in job.text() and "failure" not in job.text()
+
+
+def test_a_lost_node_is_replaced(cluster, toys):
+    job = toys("lost", "--exclude= --nodes=2 --nodelist=n2", TOY_STEPS="80")
+    job.wait_for(lambda: job.heartbeat_step() >= 12, 60, "a checkpoint")
+    try:
+        down = ["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test"]
+        cluster.ask(*down)
+        job.wait_for(lambda: job.state() == "PENDING", 60, "the requeue")
+        cluster.ask("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
+        assert job.end() == "COMPLETED", job.story()
+    finally:
+        cluster.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert job.show()["NodeList"] == "n[1,3]"
+    assert job.codes()[-1] == 0 and job.ends()[-1]["start_step"] >= 10
+
+
+def test_scancel_ends_it_for_good(cluster, toys):
+    job = toys("cancelled", TOY_STEPS="500")
+    job.wait_for(lambda: job.heartbeat_step() >= 3, 60, "three steps")
+    cluster.ask("scancel", job.number)
+    assert job.end() == "CANCELLED", job.story()
+    time.sleep(3)
+    assert job.state() == "CANCELLED" and job.show()["Restarts"] == "0"
+    assert job.codes() == [75]
+
+
+def test_the_stop_file_ends_it_for_good(toys):
+    job = toys("stopped", TOY_STEPS="500")
+    job.wait_for(lambda: job.heartbeat_step() >= 3, 60, "three steps")
+    (job.run / "stop").touch()
+    assert job.end() == "FAILED", job.story()
+    assert job.show()["ExitCode"] == "75:0" and "stopped by hand" in job.text()
+    assert job.codes() == [75] and checkpoints(job)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        ("--time=10", {}, "--time is 10:00, but saving begins 600 s before its end"),
+        ("", {"DPO_RUN_DIR": ""}, "no run folder: a requeued job would not find its run"),
+        ("", {"DPO_RUN_DIR": "/proc/no/folder"}, "run folder /proc/no/folder cannot be written"),
+        ("", {"DPO_PROCS_PER_NODE": "2"}, "DPO_PROCS_PER_NODE=2, but the job has 1 GPUs a node"),
+    ],
+    ids=["time", "unset", "unwritable", "processes"],
+)
+def test_bad_input_is_refused_once(cluster, toys, options, environment, message):
+    job = toys(f"refused{len(message)}", options, **environment)
+    assert job.end(30) == "FAILED", job.story()
+    assert job.show()["ExitCode"] == "2:0" and job.show()["Restarts"] == "0"
+    assert f"error: {message}" in job.text()
+
+
+def test_more_gpus_than_a_node_has_are_refused_by_sbatch(cluster):
+    result = cluster.run("sbatch", "--gpus-per-node=9", SCRIPT, DPO_RUN_DIR="/x")
+    assert result.returncode != 0 and "node configuration is not available" in result.stderr
+
+
+def test_the_container_gets_what_the_job_needs(cluster, toys):
+    if "fakepyxis" not in (cluster.root / "etc" / "plugstack.conf").read_text():
+        pytest.skip("no C compiler or slurm/spank.h to build the container plugin with")
+    image, data = cluster.root / "image.sqsh", cluster.root / "data"
+    image.touch()
+    data.mkdir()
+    mounts = {"DPO_CONTAINER_IMAGE": str(image), "DPO_CONTAINER_MOUNTS": f"{data}:/data:ro"}
+    job = toys("contained", **mounts)
+    assert job.end() == "COMPLETED", job.story()
+    seen = job.launches()[0][0]["env"]
+    assert seen["FAKE_CONTAINER_IMAGE"] == str(image)
+    repository, run, given = seen["FAKE_CONTAINER_MOUNTS"].split(",")
+    assert repository == f"{REPOSITORY}:{REPOSITORY}" and run == f"{job.run}:{job.run}"
+    assert given == f"{data}:/data:ro"
+    assert seen["FAKE_CONTAINER_WORKDIR"] == str(REPOSITORY)
+
+
+def test_time_limits_are_lived_through(jobs):
+    """Last: it has been running all the time."""
+    job = jobs["limit"]
+    assert job.end(150) == "COMPLETED", job.story()
+    codes = job.codes()
+    assert len(codes) >= 3 and codes == [75] * (len(codes) - 1) + [0]
+    assert goes_on(job) and "failure" not in job.text()
+    assert int(job.show()["Restarts"]) == len(codes) - 1
