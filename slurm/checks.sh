@@ -47,8 +47,9 @@ preflight() {
 look_at_nodes() {
     local folder=$1 ticker node line bad=() no_canary=0
     say "preflight of ${NODES[*]}"
-    while sleep 1; do # what each node compares its clock with, and sees whether files arrive
-        date +%s >"$folder/clock.new" && mv "$folder/clock.new" "$folder/clock"
+    # What each node compares its clock with, and sees whether files arrive.
+    while date +%s >"$folder/clock.new" && mv "$folder/clock.new" "$folder/clock"; do
+        sleep 1
     done &
     ticker=$!
     run_step : timeout --kill-after=10 "$DPO_PREFLIGHT_S" srun "${SRUN[@]}" --kill-on-bad-exit=0 \

@@ -129,8 +129,8 @@ container_options() {
 environment() {
     # An NCCL error without it is "unhandled system error" and nothing else.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # NVLink SHARP takes GPU memory for each communicator, of which TP, PP and DP make many, and
-    # wins little where TP overlaps or is latency-bound. 1 to try it.
+    # NVLink SHARP takes GPU memory for each communicator, of which TP, PP and DP make many, and does
+    # not start where the fabric manager is not right. 1 to try it.
     export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
     # Micro-batches differ in length: without it the allocator's segments of each size stay behind.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}

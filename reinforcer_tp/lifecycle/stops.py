@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,20 @@ class Stops:
             save_s = min(_UNKNOWN_SAVE_S, 0.1 * self._limit_s)
         needed = max(self._step_s, self._last_step_s) + 1.5 * save_s
         return time.monotonic() - self._begin + needed >= self._limit_s
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Programs started within do not hear what is meant for ranks: Slurm signals all of a step.
+
+    A blocked signal stays blocked in a new program, where a handler does not stay. The threads of
+    `Stops` go on hearing.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, signal.SIGUSR2))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def all_stacks() -> str:

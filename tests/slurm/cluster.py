@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,6 +15,7 @@ REPOSITORY = HERE.parents[1]
 NUM_NODES = 3
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 CANNOT_RUN = 77  # of up.sh
+WAIT_S = 2.5  # between a requeue and the next start
 
 
 def start(root: Path) -> subprocess.CompletedProcess:
@@ -61,6 +62,7 @@ class Cluster:
 
     root: Path
     folder: Path  # job.out files and run folders
+    seen_waiting: dict[str, float] = field(default_factory=dict)  # requeued job -> since when
 
     def run(self, *words: object, **environment: str) -> subprocess.CompletedProcess:
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "DPO_"))}
@@ -78,6 +80,17 @@ class Cluster:
         result = self.run(*words)
         assert result.returncode == 0, (words, result.stderr)
         return result.stdout
+
+    def wake_requeued(self) -> None:
+        """Requeued jobs would wait two minutes; at once they fail with a credential revoked."""
+        for line in self.ask("squeue", "-h", "-t", "PENDING", "-o", "%A %r").splitlines():
+            number, reason = line.split(maxsplit=1)
+            if reason != "BeginTime":
+                continue
+            since = self.seen_waiting.setdefault(number, time.monotonic())
+            if time.monotonic() - since > WAIT_S:
+                self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+                del self.seen_waiting[number]
 
     def submit(self, name: str, options: list[str], words: list[str], **environment: str) -> "Job":
         output = self.folder / f"{name}.out"
@@ -98,24 +111,25 @@ class Job:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def state(self) -> str:
-        """Wakes a requeued job, which would wait two minutes."""
-        about = self.show()
-        if about["JobState"] == "PENDING" and about["Reason"] == "BeginTime":
-            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-        return about["JobState"]
+        return self.show()["JobState"]
 
     def wait_for(self, what: Callable[[], object], within: float, why: str) -> None:
         deadline = time.monotonic() + within
         while not what():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{why}: not within {within} s\n{self.story()}")
-            self.state()
+            self.cluster.wake_requeued()
             time.sleep(0.3)
 
     def end(self, within: float = 120) -> str:
         """The state it ends in."""
-        self.wait_for(lambda: self.state() in ENDED, within, "the job's end")
+        self.wait_for(
+            lambda: self._has_ended() and not time.sleep(1) and self._has_ended(), within, "the end"
+        )
         return self.state()
+
+    def _has_ended(self) -> bool:
+        return self.state() in ENDED
 
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""

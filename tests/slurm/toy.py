@@ -47,7 +47,8 @@ def main(words: list[str]) -> int:
 
 def play_all_reduce(folder: Path) -> int:
     node = os.environ["SLURMD_NODENAME"]
-    if node in os.environ.get("TOY_NO_ALL_REDUCE", "").split():
+    is_first_start = "SLURM_RESTART_COUNT" not in os.environ
+    if "TOY_NO_ALL_REDUCE" in os.environ and is_first_start and os.environ["SLURM_NODEID"] == "0":
         return 1
     for part in ("local", "all"):
         (folder / f"{node}.{part}").touch()
