@@ -80,7 +80,7 @@ look_at_nodes() {
 
 # All GPUs of each node, then all of the job, in processes such as the training's.
 all_reduce() {
-    local folder=$1 node bad=()
+    local folder=$1 node bad=() see="see $LOGS/$ATTEMPT.*.log"
     run_step : timeout --kill-after=10 "$DPO_PREFLIGHT_S" srun "${SRUN[@]}" --kill-on-bad-exit=0 \
         --output="${LOGS//%/%%}/$ATTEMPT.%N.log" --open-mode=append \
         bash slurm/node.sh $((PORT + 1)) "$RUN" slurm/allreduce.py "$folder" || true
@@ -90,16 +90,14 @@ all_reduce() {
     for node in "${NODES[@]}"; do
         [[ -e $folder/$node.local ]] || bad+=("$node")
     done
-    if ((${#bad[@]} == NUM_NODES)); then
-        failed "preflight: no node has finished an all-reduce of its own; see $LOGS/$ATTEMPT.*.log"
+    if ((NUM_NODES > 1 && ${#bad[@]} == NUM_NODES)); then
+        failed "preflight: no node has finished an all-reduce of its own; $see"
     elif ((${#bad[@]})); then
-        failed "preflight: no all-reduce among the processes of ${bad[*]}; see" \
-            "$LOGS/$ATTEMPT.*.log" "${bad[@]}"
+        failed "preflight: no all-reduce among the processes of ${bad[*]}; $see" "${bad[@]}"
     fi
     for node in "${NODES[@]}"; do
         [[ -e $folder/$node.all ]] ||
-            failed "preflight: each node's own all-reduce is well, the one over all nodes is not:" \
-                "the network between them; see $LOGS/$ATTEMPT.*.log"
+            failed "preflight: an all-reduce in each node works, over all nodes it does not; $see"
     done
     say "preflight: all-reduce: $(cat "$folder/rate" 2>/dev/null)"
 }

@@ -111,8 +111,10 @@ on_usr1() {
     stop_by=$((SECONDS + DPO_SAVE_LEAD_S - DPO_SAVE_LEAD_S / 10))
     say "USR1: the time limit is near; save and requeue"
     if [[ $phase == train ]]; then
-        touch "$RUN/stop"               # also for a rank that has no handler yet
-        kill -USR1 "$step_pid" || true # srun forwards it to all tasks
+        touch "$RUN/stop" # also for a rank that has no handler yet
+        if ((step_pid)); then
+            kill -USR1 "$step_pid" || true # srun forwards it to all tasks
+        fi
     fi
 }
 

@@ -60,10 +60,13 @@ read_exit() {
 }
 
 conclude() {
-    local code cause message newest
+    local code cause message newest how='left no exit.json'
     read_exit
     newest=$(newest_checkpoint)
-    say "attempt ${code:+ended with $code: }${message:-has left no exit.json}; checkpoint $newest"
+    if [[ -n $code ]]; then
+        how="ended with $code: $message"
+    fi
+    say "the attempt has $how; checkpoint $newest"
     case $code in
     0)
         fingerprint >"$LOGS/done"
@@ -85,7 +88,7 @@ conclude() {
             requeue "go on from checkpoint $newest"
         fi
     fi
-    failed "${hang_reason:-attempt without an end of its own or with ${code:-no code}}"
+    failed "${hang_reason:-the attempt has $how}"
 }
 
 # Told to stop before the training has begun: nothing to judge.
@@ -128,6 +131,7 @@ requeue() {
         exit 1
     fi
     say "requeue: $reason"
+    trap '' TERM # Slurm ends this shell now, and scontrol with it, who still have to say which nodes
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "not requeued: submit it again"
         exit 1
@@ -142,7 +146,7 @@ requeue() {
 # KillWait (30 s).
 exclude() {
     local before all try
-    before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') || true
     all=$(IFS=,; echo "$*")
     if [[ -n $before && $before != "(null)" ]]; then
         all=$before,$all

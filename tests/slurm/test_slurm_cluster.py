@@ -240,7 +240,7 @@ def test_bad_data_is_not_tried_again(jobs):
     job = jobs["damaged"]
     assert job.end() == "FAILED", job.story()
     assert job.codes() == [65] and job.show()["ExitCode"] == "65:0"
-    assert "attempt ended with 65: the toy's checkpoint is damaged" in job.text()
+    assert "the attempt has ended with 65: the toy's checkpoint is damaged" in job.text()
 
 
 def test_a_hang_leaves_stacks_and_is_requeued(jobs):

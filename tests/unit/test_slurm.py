@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,64 @@ def test_every_variable_is_in_the_readme():
     used = set(re.findall(r"\bDPO_[A-Z_]+\b", text)) - {"DPO_LAST_ATTEMPT", "DPO_PROCS"}
     listed = set(re.findall(r"^\| `(DPO_\w+)`", (FOLDER / "README.md").read_text(), flags=re.M))
     assert used == listed
+
+
+SMI = """#!/bin/sh
+case "$*" in
+*-L*) echo "GPU 0: H100 (UUID: GPU-a)"; echo "GPU 1: H100 (UUID: GPU-b)" ;;
+*) echo "0, [N/A]"; echo "1, ${ECC:-0}" ;;
+esac
+"""
+
+
+def preflight(tmp_path: Path, *, clock: float = 0.0, gpus: int = 2, free_gib: int = 1, **more: str):
+    """One node's preflight, with a stand-in for nvidia-smi and without waiting."""
+    folder, tools = tmp_path / "folder", tmp_path / "tools"
+    for each in (folder, tools):
+        each.mkdir(exist_ok=True)
+    for name, text in (("nvidia-smi", SMI), ("sleep", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    if "MISSING" not in more:
+        (folder / "clock").write_text(f"{int(time.time() + clock)}\n")
+    log = tmp_path / "1.0"
+    return subprocess.run(
+        ["bash", FOLDER / "preflight.sh", folder, log, str(gpus), "60", str(free_gib)],
+        env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURMD_NODENAME": "n7"} | more,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_good_node_says_so_in_its_log_too(tmp_path):
+    assert preflight(tmp_path).stdout == "preflight n7: ok\n"
+    assert (tmp_path / "1.0.n7.log").read_text() == "preflight n7: ok\n"
+    assert (tmp_path / "folder" / "n7.canary").read_text() == "n7\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"gpus": 3}, "GPUs: nvidia-smi lists 2, expected 3"),
+        ({"ECC": "4"}, "ECC: uncorrected errors: GPU 1: 4; expected 0"),
+        ({"clock": -100.0}, r"clock: 10\d s from the first node's, expected at most 60"),
+        ({"clock": 100.0}, r"clock: -(100|99) s from the first node's, expected at most 60"),
+        ({"free_gib": 10**9}, r"disk: .*folder has \d+ GiB free, expected 1000000000"),
+        ({"TMPDIR": "/no/folder"}, r"disk: /no/folder has \? GiB free, expected 1"),
+        ({"MISSING": "1"}, "shared folder: .*/clock, just written, is not seen after 30 s"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_node_says_why(tmp_path, given, reason):
+    run = preflight(tmp_path, **given)
+    assert run.returncode == 1
+    assert re.match(f"preflight n7: bad: {reason}", run.stdout), run.stdout
+    assert (tmp_path / "1.0.n7.log").read_text() == run.stdout
+
+
+def test_a_node_that_cannot_write_says_so(tmp_path):
+    (tmp_path / "folder" / "n7.canary").mkdir(parents=True)
+    run = preflight(tmp_path)
+    assert run.stdout.startswith("preflight n7: bad: shared folder: ") and run.returncode == 1
+    assert run.stdout.rstrip().endswith("folder cannot be written")
