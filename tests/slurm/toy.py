@@ -23,8 +23,8 @@ ALONE = SimpleNamespace(world_size=1)
 
 
 def main(words: list[str]) -> int:
-    options = dict(w.removeprefix("--").split("=", 1) for w in words if w.startswith("--nnodes"))
-    options |= dict(w.removeprefix("--").split("=", 1) for w in words if w.startswith("--node-r"))
+    given = [word[2:] for word in words if word.startswith(("--nnodes=", "--node-rank="))]
+    options = dict(word.split("=", 1) for word in given)
     rank, num_nodes = int(options["node-rank"]), int(options["nnodes"])
     [script] = [n for n, word in enumerate(words) if word.endswith(".py")]
     if words[script].endswith("allreduce.py"):

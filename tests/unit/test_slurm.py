@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from reinforcer_tp import run_directory
 from reinforcer_tp.config import load_config
 from reinforcer_tp.lifecycle.attempts import NAMES
 from reinforcer_tp.lifecycle.exits import Exit
@@ -179,6 +180,9 @@ def test_the_scripts_know_the_trainers_files():
     for_good = {Exit.DATA, Exit.CONFIG, Exit.NO_RESTART}
     assert {int(c) for c in re.search(r"\n    (65.*)\)\n", outcome)[1].split(" | ")} == for_good
     assert f"$code == {int(Exit.REQUEUE)} && $cause == stop" in outcome
+    toy = (REPOSITORY / "tests" / "slurm" / "toy.py").read_text()
+    for name in (run_directory._FINISHED, "checkpoints"):
+        assert name in outcome and f'"{name}"' in toy
     assert "slurm" in NAMES, "the trainer would refuse a folder that only holds slurm/"
 
 
