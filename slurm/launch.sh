@@ -17,6 +17,7 @@ phase=start      # start, preflight, train
 step_pid=0       # of the srun at work
 got_term=0       # scancel, or the end of a preemption's grace: requeueing is Slurm's business
 asked_to_stop=0  # USR1: the time limit is near
+save_s=0         # how long saving may take then
 stop_by=0        # SECONDS at which the step must have ended, once asked_to_stop
 hang_reason=     # why the watchdog ended the step
 
@@ -107,8 +108,9 @@ on_usr1() {
         return
     fi
     asked_to_stop=1
-    # At the limit itself Slurm ends the job for good: keep a tenth of the lead for the requeue.
-    stop_by=$((SECONDS + DPO_SAVE_LEAD_S - DPO_SAVE_LEAD_S / 10))
+    # At the limit itself Slurm ends the job for good: keep some of the lead for the requeue.
+    save_s=$((DPO_SAVE_LEAD_S - DPO_SAVE_LEAD_S / 10 - 10))
+    stop_by=$((SECONDS + save_s))
     say "USR1: the time limit is near; save and requeue"
     if [[ $phase == train ]]; then
         touch "$RUN/stop" # also for a rank that has no handler yet
@@ -134,7 +136,7 @@ leave_if_told() {
 look_at_training() {
     local beat='' limit=$DPO_START_HANG_S
     if ((stop_by && SECONDS >= stop_by)); then
-        end_step "not ended $((DPO_SAVE_LEAD_S - DPO_SAVE_LEAD_S / 10)) s after USR1"
+        end_step "not ended $save_s s after USR1"
         return
     fi
     # Its content, not its time: clocks of a file server differ.

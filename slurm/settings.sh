@@ -14,6 +14,7 @@ settings() {
         DPO_MIN_FREE_GIB; do
         [[ ${!name} =~ ^[0-9]+$ ]] || refuse "$name=${!name}; expected a whole number"
     done
+    ((DPO_SAVE_LEAD_S >= 20)) || refuse "DPO_SAVE_LEAD_S=$DPO_SAVE_LEAD_S; expected at least 20"
     [[ -f $DPO_CONFIG ]] || refuse "no config $PWD/$DPO_CONFIG; set DPO_CONFIG to a YAML file"
     if [[ -z ${DPO_CONTAINER_IMAGE:-} && -d .venv/bin ]]; then
         export PATH=$PWD/.venv/bin:$PATH

@@ -15,6 +15,7 @@ from tests.slurm import cluster as slurm
 from tests.slurm.cluster import HERE, REPOSITORY, Cluster, Job
 
 SCRIPT = "slurm/dpo_llama70b.sh"
+LIMIT = "--time=1 --signal=B:USR1@25"
 WORDS = [
     "dpo.seed=1",
     'logger.wandb.name="two words"',
@@ -110,23 +111,19 @@ def submit_trainer(cluster: Cluster, name: str, options: str, **environment: str
 def jobs(cluster, toys) -> dict[str, Job]:
     """All that need no hand: submitted together, each found by its name."""
     crash = {"TOY_STEPS": "20", "TOY_STEP_S": "0.05"}
+    # No preflight: Slurm may signal six seconds after the start.
+    lead = {"DPO_SAVE_LEAD_S": "25", "DPO_PREFLIGHT_S": "0"}
     made = [
         submit_trainer(cluster, "preempted", "-p batch --mem=1500G", DPO_PREFLIGHT_S="0"),
         submit_trainer(cluster, "whole", "-p urgent --mem=100"),
-        toys(
-            "limit",
-            "--time=1 --signal=B:USR1@25",
-            DPO_SAVE_LEAD_S="25",
-            DPO_PREFLIGHT_S="0",
-            TOY_STEPS="720",
-            TOY_SAVE_EVERY="10000",
-        ),
+        toys("limit", LIMIT, TOY_STEPS="720", TOY_SAVE_EVERY="10000", **lead),
+        toys("deaf", LIMIT, TOY_FAULT="hang@7", TOY_FAULTS="1", **lead),
         toys("order", "--nodes=3 --exclude=", words=tuple(WORDS)),
         toys("progress", TOY_FAULT="killed@+6", DPO_MAX_FAILURES="2", **crash),
         toys("stuck", TOY_FAULT="killed@7", **crash),
         toys("errors", TOY_FAULT="error@7", DPO_MAX_FAILURES="9", **crash),
         toys("damaged", TOY_FAULT="data@7", **crash),
-        toys("hang", "--nodes=2", TOY_FAULT="hang@7", TOY_FAULTS="1", DPO_HANG_S="3"),
+        toys("hang", "--nodes=2", TOY_FAULT="hang@7", TOY_FAULTS="1", DPO_HANG_S="6"),
         toys("few", FAKE_BAD="few"),
         toys("ecc", FAKE_BAD="ecc"),
         toys("ring", "--nodes=2 --exclude=", TOY_NO_ALL_REDUCE="1"),

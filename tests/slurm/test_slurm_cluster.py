@@ -120,7 +120,7 @@ def test_a_hang_leaves_stacks_and_is_requeued(jobs):
     job = jobs["hang"]
     assert job.end() == "COMPLETED", job.story()
     assert job.codes() == [None, 0] and job.ends()[1]["start_step"] == 5
-    assert "no heartbeat for 3 s" in job.text()
+    assert "no heartbeat for 6 s" in job.text()
     stacks = (job.run / "attempts" / "0001" / "stacks_rank0.txt").read_text()
     assert re.search(r'toy.py", line \d+ in fail', stacks), stacks
 
@@ -265,3 +265,11 @@ def test_time_limits_are_lived_through(jobs):
     assert len(codes) >= 3 and codes == [75] * (len(codes) - 1) + [0]
     assert goes_on(job) and "failure" not in job.text()
     assert int(job.show()["Restarts"]) == len(codes) - 1
+
+
+def test_ranks_that_do_not_save_are_ended_before_the_limit(jobs):
+    job = jobs["deaf"]
+    assert job.end() == "COMPLETED", job.story()
+    assert "not ended 13 s after USR1: stacks to" in job.text()
+    assert job.codes() == [None, 0] and job.ends()[1]["start_step"] == 5
+    assert job.show()["Restarts"] == "1"

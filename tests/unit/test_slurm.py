@@ -145,6 +145,7 @@ def test_the_container_is_optional(tmp_path):
         ([RUN], {"DPO_DRY_RUN": "0"}, "not in a Slurm job; expected: sbatch slurm/dpo_llama70b.sh"),
         ([RUN], {"DPO_CONFIG": "configs/none.yaml"}, "no config "),
         ([RUN], {"DPO_HANG_S": "10m"}, "DPO_HANG_S=10m; expected a whole number"),
+        ([RUN], {"DPO_SAVE_LEAD_S": "10"}, "DPO_SAVE_LEAD_S=10; expected at least 20"),
         ([RUN], {"DPO_PROCS_PER_NODE": "9"}, "DPO_PROCS_PER_NODE=9, but the job has 8 GPUs a node"),
         ([RUN], {"DPO_PROCS_PER_NODE": "0"}, "no GPUs in this job; expected sbatch --gpus-per-"),
         (
