@@ -85,7 +85,7 @@ def toys(cluster):
 
 
 TRAINER = [
-    *("policy.model_name=embedded", "dpo.max_num_steps=40", "dpo.val_period=0"),
+    *("policy.model_name=embedded", "dpo.max_num_steps=60", "dpo.val_period=0"),
     *("dpo.val_at_start=false", "dpo.val_at_end=false", "checkpointing.save_period=1000"),
     "logger.tensorboard_enabled=false",
 ]
