@@ -60,6 +60,9 @@ look_at_nodes() {
     if ((got_term || asked_to_stop)); then
         return
     fi
+    if ! grep -q '^preflight ' "$folder/answers"; then # no node is to blame for what none can do
+        failed "preflight: no node has answered: srun, the container, or $PWD is not on the nodes"
+    fi
     for node in "${NODES[@]}"; do
         line=$(grep "^preflight $node: " "$folder/answers" | head -n 1) || true
         if [[ $line == *": ok" ]]; then

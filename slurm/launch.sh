@@ -77,7 +77,9 @@ run_step() {
     while kill -0 "$step_pid" 2>/dev/null; do
         sleep 1 &
         wait -n "$step_pid" $! || true
-        "$look"
+        if kill -0 "$step_pid" 2>/dev/null; then
+            "$look"
+        fi
     done
     local rc=0
     wait "$step_pid" 2>/dev/null || rc=$?

@@ -3,9 +3,11 @@
 Jobs that need no hand are submitted together (conftest.py) and looked at one after the other.
 """
 
+import os
 import re
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
@@ -156,6 +158,16 @@ def test_a_node_with_memory_errors_is_left_out(jobs):
 
 def test_a_node_whose_gpus_do_not_reduce_is_left_out(jobs):
     check_left_out(jobs["ring"], "no all-reduce among the processes of {node}")
+
+
+def test_no_node_is_blamed_for_what_none_can_do(cluster, toys):
+    """Such as a container image that cannot be fetched."""
+    srun = Path(tool(cluster.root / "bad", "srun", "#!/bin/sh\necho no such image\nexit 1\n"))
+    path = f"{srun.parent}:{os.environ['PATH']}"
+    job = toys("nowhere", PATH=path, DPO_MAX_FAILURES="1")
+    assert job.end() == "FAILED", job.story()
+    assert "no such image" in job.text() and "no node has answered" in job.text()
+    assert job.show()["ExcNodeList"] == "n2", "sbatch's own --exclude"
 
 
 def test_a_chain_ends_with_the_run(jobs):
