@@ -20,7 +20,7 @@ from reinforcer_tp.first_step import FirstStepError
 from reinforcer_tp.hf_files import write_companions
 from reinforcer_tp.inputs import Inputs
 from reinforcer_tp.lifecycle.peers import watch_peers
-from reinforcer_tp.lifecycle.stops import Stops
+from reinforcer_tp.lifecycle.stops import Stops, deaf_children
 from reinforcer_tp.loop import Run, held_gib, train
 from reinforcer_tp.mcore.optim import build_training
 from reinforcer_tp.mcore.restore import load_checkpoint
@@ -96,7 +96,10 @@ def _open_logs(
     for damage in inputs.passed_over:
         progress.message(f"warning: {damage}")
     settings = dataclasses.asdict(config)
-    return open_loggers(config.logger, config.logger.log_dir, settings, inputs.start_step)
+    with (
+        deaf_children()
+    ):  # a tracker's own process has metrics to send when the ranks are signalled
+        return open_loggers(config.logger, config.logger.log_dir, settings, inputs.start_step)
 
 
 def _open_run(

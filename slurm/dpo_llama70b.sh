@@ -1,11 +1,9 @@
 #!/bin/bash
-# DPO of a 70B Llama: one torchrun on each node. Submit from the repository root; what follows the
-# script goes to the trainer:
-#   sbatch slurm/dpo_llama70b.sh dpo.seed=1 logger.log_dir=/shared/runs/dpo_70b
-#   sbatch --nodes=4 --partition=... --account=... slurm/dpo_llama70b.sh
-# and a later --config names another model's file:
-#   sbatch --nodes=128 slurm/dpo_llama70b.sh --config configs/dpo_llama405b.yaml
-# The repository, its .venv and the log folder must be visible on every node.
+# DPO of Llama-3.3-70B: 8 nodes of 8 GPUs, tp=8 inside a node, pp=4 across nodes, dp=2.
+#   sbatch slurm/dpo_llama70b.sh logger.log_dir=/shared/runs/dpo_70b dpo.seed=1
+#   DPO_DRY_RUN=1 bash slurm/dpo_llama70b.sh logger.log_dir=/shared/runs/dpo_70b
+# Options of sbatch before the script win over the lines below (--partition, --account, --nodes=4,
+# --time=...); what follows the script goes to the trainer. DPO_* variables: slurm/README.md.
 #SBATCH --job-name=dpo_llama70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -13,36 +11,15 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-set -euo pipefail
-
-# Slurm runs a copy of this script from its spool folder, so $0 does not lead to the repository.
-cd "${SLURM_SUBMIT_DIR:?this script is for sbatch: sbatch slurm/dpo_llama70b.sh key=value ...}"
-if [[ ! -f reinforcer_tp/train.py ]]; then
-    echo "no reinforcer_tp/train.py in $PWD; submit from the repository root" >&2
+DPO_CONFIG=${DPO_CONFIG:-configs/dpo_llama70b.yaml}
+# Slurm runs a copy of this file from its spool folder: $0 does not lead to the repository.
+if ! cd "${DPO_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}" || [[ ! -f slurm/launch.sh ]]; then
+    echo "error: no slurm/launch.sh in $PWD; submit from the repository root, or set DPO_REPO" >&2
     exit 2
 fi
-if [[ -d .venv/bin ]]; then
-    export PATH="$PWD/.venv/bin:$PATH"
-fi
-
-nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${nodes%%$'\n'*}
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
-echo "job $SLURM_JOB_ID: $SLURM_NNODES x $GPUS_PER_NODE GPUs, master $MASTER_ADDR:$MASTER_PORT"
-
-# The single quotes matter: each node expands its own SLURM_NODEID. Static rendezvous keeps Slurm's
-# order of nodes, which tensor and pipeline placement rely on. A later key=value wins over an earlier.
-srun --kill-on-bad-exit=1 --cpu-bind=none bash -c '
-    exec torchrun \
-        --nnodes="$SLURM_NNODES" \
-        --nproc-per-node="$GPUS_PER_NODE" \
-        --node-rank="$SLURM_NODEID" \
-        --rdzv-backend=static \
-        --master-addr="$MASTER_ADDR" \
-        --master-port="$MASTER_PORT" \
-        reinforcer_tp/train.py --config configs/dpo_llama70b.yaml \
-        cluster.num_nodes="$SLURM_NNODES" cluster.gpus_per_node="$GPUS_PER_NODE" "$@"
-' torchrun_on_node "$@"
+source slurm/launch.sh

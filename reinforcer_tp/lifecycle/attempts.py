@@ -3,7 +3,7 @@
 <log_dir>/attempts/0001/attempt.json      who began it, and when
                         exit.json         how it ended; the first rank that knows writes it
                         traceback_rankR.txt, stacks_rankR.txt
-<log_dir>/heartbeat                       rewritten after each step
+<log_dir>/heartbeat                       rewritten after each step, and within long phases
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from reinforcer_tp.lifecycle.position import Position
 from reinforcer_tp.lifecycle.processes import process_start
 from reinforcer_tp.whole_files import building_name
 
-NAMES = ("attempts", "heartbeat", "stop")  # in log_dir, before there is a run in it
+NAMES = ("attempts", "heartbeat", "stop", "slurm")  # in log_dir, before there is a run in it
 IN_A_ROW = 3  # failures without progress
 _FRESH_S = 600.0  # an attempt begun before this process by more is another one
 _ENDED_S = 10.0  # likewise one that ended before it

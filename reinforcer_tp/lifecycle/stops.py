@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from reinforcer_tp.lifecycle.position import STEP_PARTS, Position
 
 _SAME_BURST_S = 2.0  # torchrun forwards a signal that the terminal has sent already
 _LOOK_AT_PEERS_S = 0.5  # before a signal is taken for the cause: a peer may have died first
+_BEAT_S = 30.0  # between heartbeats within a step, a validation, a sweep
 _UNKNOWN_SAVE_S = 60.0  # of a save, while none was seen; at most a tenth of the limit
 
 
@@ -81,7 +83,7 @@ class Stops:
         self._requested_at = 0.0
         self._stop_file: Path | None = None
         self._limit_s: float | None = None
-        self._boundary_at = self._begin
+        self._boundary_at = self._beat_at = self._begin
         self._step_s = 0.0  # the longest, with what came before it, such as a validation
         self._last_step_s = 0.0
         self._num_steps = 0
@@ -190,6 +192,8 @@ class Stops:
     def tick(self) -> None:
         """Something has moved within a phase."""
         self.position.tick()
+        if time.monotonic() - self._beat_at >= _BEAT_S:
+            self._beat()
 
     def step(self, step: int) -> None:
         """`step` has finished."""
@@ -209,6 +213,7 @@ class Stops:
             self.ending.peers.wake()
 
     def _beat(self) -> None:
+        self._beat_at = time.monotonic()
         if self.ending.rank == 0 and self.ending.attempt is not None:
             self.ending.attempt.beat(self.position)
 
@@ -259,6 +264,20 @@ class Stops:
             save_s = min(_UNKNOWN_SAVE_S, 0.1 * self._limit_s)
         needed = max(self._step_s, self._last_step_s) + 1.5 * save_s
         return time.monotonic() - self._begin + needed >= self._limit_s
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Programs started within do not hear what is meant for ranks: Slurm signals all of a step.
+
+    A blocked signal stays blocked in a new program, where a handler does not stay. The threads of
+    `Stops` go on hearing.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, signal.SIGUSR2))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def all_stacks() -> str:

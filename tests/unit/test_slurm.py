@@ -1,195 +1,263 @@
-"""slurm/dpo_llama70b.sh with stand-ins for srun, scontrol and torchrun on PATH."""
+"""The job scripts without a Slurm: what they ask for, what they would run, what they refuse.
 
-import json
+tests/slurm/ runs them on a real one.
+"""
+
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from reinforcer_tp import run_directory
 from reinforcer_tp.config import load_config
+from reinforcer_tp.lifecycle.attempts import NAMES
+from reinforcer_tp.lifecycle.exits import Exit
+from reinforcer_tp.lifecycle.position import LIMITED
 from reinforcer_tp.train import parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "slurm" / "dpo_llama70b.sh"
-NUM_NODES, GPUS = 4, 8
+FOLDER = REPOSITORY / "slurm"
+SCRIPTS = {"dpo_llama70b": 8, "dpo_llama8b": 1}  # nodes
+RUN = 'logger.log_dir=/shared/my runs/it\'s "here" $HOME *'
 ARGUMENTS = [
     "dpo.seed=1",
     'logger.wandb.name="dpo-dev-8-gpu"',
-    'logger.log_dir=/shared/my runs/it\'s "here" $HOME *',
+    RUN,
     "policy.tokenizer.chat_template_kwargs={a: 'b  c'}",
 ]
 
-SRUN = """#!{python}
-import os, subprocess, sys
-words = sys.argv[1:]
-while words[0].startswith("-"):
-    words.pop(0)
-codes = []
-for node in range(int(os.environ["SLURM_NNODES"])):
-    codes.append(subprocess.call(words, env=os.environ | {{"SLURM_NODEID": str(node)}}))
-sys.exit(max(codes))
-"""
-SCONTROL = """#!{python}
-import os, sys
-assert sys.argv[1:] == ["show", "hostnames", "big[3,1-2,7]"], sys.argv
-if os.environ.get("SCONTROL_FAILS"):
-    sys.exit(1)
-print("big3", "big1", "big2", "big7", sep="\\n")
-"""
-TORCHRUN = """#!{python}
-import json, os, sys
-node = os.environ["SLURM_NODEID"]
-with open(f"node.{{node}}.json", "x") as file:
-    json.dump(sys.argv[1:], file)
-sys.exit(int(os.environ.get("TORCHRUN_RC", "0")) if node == "2" else 0)
-"""
 
-
-@pytest.fixture
-def submit_dir(tmp_path):
-    """A repository with a blank in its path, holding what the script looks for."""
-    folder = tmp_path / "my repository"
-    (folder / "reinforcer_tp").mkdir(parents=True)
-    (folder / "reinforcer_tp" / "train.py").touch()
-    return folder
-
-
-def run_script(submit_dir: Path, *arguments: str, **environment: str):
-    """Run a spooled copy of the script as slurmd does, from another folder."""
-    spool, tools = submit_dir.parent / "spool", submit_dir.parent / "tools"
-    for folder in (spool, tools):
-        folder.mkdir(exist_ok=True)
-    shutil.copy(SCRIPT, spool / "slurm_script")
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
-        (tools / name).write_text(text.format(python=sys.executable))
-        (tools / name).chmod(0o755)
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    variables |= {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(submit_dir),
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NODELIST": "big[3,1-2,7]",
-        "SLURM_NNODES": str(NUM_NODES),
-        "SLURM_GPUS_ON_NODE": str(GPUS),
-    }
-    variables |= environment
-    command = ["bash", str(spool / "slurm_script"), *arguments]
+def run_script(*arguments: str, script: str = "dpo_llama70b", **environment: str):
+    """As on a login node with DPO_DRY_RUN=1."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "DPO_"))}
     return subprocess.run(
-        command, env=variables, cwd=spool, capture_output=True, text=True, timeout=60
+        ["bash", f"slurm/{script}.sh", *arguments],
+        env=variables | {"DPO_DRY_RUN": "1"} | environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
-def torchrun_arguments(submit_dir: Path) -> list[list[str]]:
-    files = [submit_dir / f"node.{node}.json" for node in range(NUM_NODES)]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def test_bash_can_read_the_script():
-    run = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True)
+def dry_run(*arguments: str, **options: str) -> list[str]:
+    """The words of the srun line."""
+    run = run_script(*arguments, **options)
     assert run.returncode == 0, run.stderr
-    assert os.access(SCRIPT, os.X_OK)
+    [line] = run.stdout.splitlines()
+    return shlex.split(line)
 
 
-def test_directives_ask_for_what_the_config_says():
-    """sbatch reads directives up to the first command only."""
-    directives = {}
-    for line in SCRIPT.read_text().splitlines():
+def directives(script: str) -> dict[str, str]:
+    """sbatch reads them up to the first command only."""
+    found = {}
+    for line in (FOLDER / f"{script}.sh").read_text().splitlines():
         if line and not line.startswith("#"):
             break
-        if found := re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line):
-            directives[found[1]] = found[2]
-    cluster = load_config(str(REPOSITORY / "configs" / "dpo_llama70b.yaml"), []).cluster
-    assert directives["nodes"] == str(cluster.num_nodes)
-    assert directives["gpus-per-node"] == str(cluster.gpus_per_node) == str(GPUS)
-    assert directives["ntasks-per-node"] == "1"
+        if match := re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line):
+            found[match[1]] = match[2]
+    return found
 
 
-def test_every_node_starts_one_torchrun_that_finds_the_first(submit_dir):
-    from torch.distributed.run import get_args_parser
-
-    run = run_script(submit_dir, *ARGUMENTS)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.sh")), ids=lambda path: path.name)
+def test_bash_can_read_it(path):
+    run = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    launched = [get_args_parser().parse_args(words) for words in torchrun_arguments(submit_dir)]
-    assert [int(arguments.node_rank) for arguments in launched] == [0, 1, 2, 3]
-    for arguments in launched:
-        assert arguments.nnodes == str(NUM_NODES) and arguments.nproc_per_node == str(GPUS)
-        assert arguments.rdzv_backend == "static"
-        assert arguments.master_addr == "big3"  # Slurm's first node, not the alphabet's
-        assert arguments.master_port == launched[0].master_port
-        assert 1024 < arguments.master_port < 32768  # below Linux's ephemeral ports
-        assert arguments.training_script == "reinforcer_tp/train.py"
+    assert path.read_text().isascii()
+    if shutil.which("shellcheck"):
+        # Variables of the other files that launch.sh sources are not seen.
+        command = ["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2153,SC2154", path]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout
 
 
-def test_arguments_reach_the_trainer_intact(submit_dir):
-    assert run_script(submit_dir, *ARGUMENTS).returncode == 0
-    for words in torchrun_arguments(submit_dir):
-        trainer = words[words.index("reinforcer_tp/train.py") + 1 :]
-        assert trainer[:2] == ["--config", "configs/dpo_llama70b.yaml"]
-        assert trainer[-len(ARGUMENTS) :] == ARGUMENTS
-    config = load_config(str(REPOSITORY / trainer[1]), trainer[2:])
-    config.validate(NUM_NODES * GPUS, GPUS)
-    assert config.logger.wandb.name == "dpo-dev-8-gpu"
-    assert config.logger.log_dir == '/shared/my runs/it\'s "here" $HOME *'
-    assert config.policy.tokenizer.chat_template_kwargs == {"a": "b  c"}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_directives(script):
+    asked = directives(script)
+    assert (asked["nodes"], asked["gpus-per-node"]) == (str(SCRIPTS[script]), "8")
+    assert asked["ntasks-per-node"] == "1" and asked["open-mode"] == "append"
+    assert {"requeue", "exclusive"} <= set(asked)
+    assert asked["job-name"] == script and asked["output"] == "%x-%j.out"
+    lead = re.search(r"DPO_SAVE_LEAD_S:=(\d+)", (FOLDER / "settings.sh").read_text())[1]
+    assert asked["signal"] == f"B:USR1@{lead}"
+    assert not {"partition", "account", "qos", "constraint"} & set(asked)
 
 
-def test_no_arguments_are_none(submit_dir):
-    assert run_script(submit_dir).returncode == 0
-    assert torchrun_arguments(submit_dir)[0][-1] == f"cluster.gpus_per_node={GPUS}"
-
-
-def test_what_sbatch_was_given_wins_over_the_config(submit_dir):
-    run = run_script(submit_dir, SLURM_NNODES="16", SLURM_GPUS_ON_NODE="4")
-    assert run.returncode == 0, run.stderr
-    trainer = torchrun_arguments(submit_dir)[3]
-    config = load_config(str(REPOSITORY / "configs" / "dpo_llama70b.yaml"), trainer[-2:])
-    assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (16, 4)
-    config.validate(64, 4)
-
-
-def test_a_later_config_wins(submit_dir):
-    run = run_script(submit_dir, "--config", "configs/dpo_qwen3_32b.yaml", "dpo.seed=3")
-    assert run.returncode == 0, run.stderr
-    words = torchrun_arguments(submit_dir)[0]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_trainer_takes_what_it_is_given(script):
+    words = dry_run(*ARGUMENTS, script=script)
+    assert words[0] == "srun" and f"--nodes={SCRIPTS[script]}" in words
     trainer = words[words.index("reinforcer_tp/train.py") + 1 :]
-    arguments = parse_arguments(trainer)
+    assert trainer[:2] == ["--config", f"configs/{script}.yaml"]
+    assert trainer[-len(ARGUMENTS) :] == ARGUMENTS
+    config = load_config(str(REPOSITORY / trainer[1]), trainer[2:])
+    config.validate(SCRIPTS[script] * 8, 8)
+    assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (SCRIPTS[script], 8)
+    assert config.logger.log_dir == RUN.split("=", 1)[1]
+    assert words[words.index("slurm/node.sh") + 2] == config.logger.log_dir
+
+
+def test_a_later_config_wins():
+    words = dry_run(RUN, "--config", "configs/dpo_qwen3_32b.yaml", "dpo.seed=3")
+    arguments = parse_arguments(words[words.index("reinforcer_tp/train.py") + 1 :])
     assert arguments.config == "configs/dpo_qwen3_32b.yaml"
     assert arguments.overrides[-1] == "dpo.seed=3"
 
 
-def test_two_jobs_on_one_node_have_two_ports(submit_dir):
-    ports = set()
-    for job in ("1234567", "1234568"):
-        for file in submit_dir.glob("node.*"):
-            file.unlink()
-        assert run_script(submit_dir, SLURM_JOB_ID=job).returncode == 0
-        ports |= {word for word in torchrun_arguments(submit_dir)[0] if "--master-port" in word}
-    assert len(ports) == 2
+@pytest.mark.parametrize(
+    ("arguments", "environment", "folder"),
+    [
+        (["logger.log_dir=/a", "logger.log_dir=/b"], {"DPO_RUN_DIR": "/c"}, "/b"),
+        ([], {"DPO_RUN_DIR": "/c"}, "/c"),
+        (["logger.log_dir=logs/x"], {}, str(REPOSITORY / "logs/x")),
+        (['logger.log_dir="/a b"'], {}, "/a b"),
+    ],
+)
+def test_the_last_run_folder_counts(arguments, environment, folder):
+    words = dry_run(*arguments, **environment)
+    at = words.index("slurm/node.sh")
+    assert words[at + 2] == folder
+    config = load_config(str(REPOSITORY / words[at + 5]), words[at + 6 :])
+    assert str(REPOSITORY / config.logger.log_dir) == folder
 
 
-def test_a_venv_in_the_repository_is_used(submit_dir):
-    tools = submit_dir / ".venv" / "bin"
-    tools.mkdir(parents=True)
-    (tools / "torchrun").write_text("#!/bin/bash\ntouch used.$SLURM_NODEID\n")
-    (tools / "torchrun").chmod(0o755)
-    assert run_script(submit_dir).returncode == 0
-    assert len(list(submit_dir.glob("used.*"))) == NUM_NODES
+def test_a_percent_sign_is_no_pattern_of_sruns():
+    words = dry_run("logger.log_dir=/runs/50%N")
+    assert "--output=/runs/50%%N/slurm/0.0.%N.log" in words
+
+
+def test_the_container_is_optional(tmp_path):
+    assert not [word for word in dry_run(RUN) if "container" in word]
+    image = tmp_path / "image.sqsh"
+    image.touch()
+    words = dry_run(
+        "logger.log_dir=/runs/a",
+        DPO_CONTAINER_IMAGE=str(image),
+        DPO_CONTAINER_MOUNTS=f"{tmp_path}:/data:ro",
+    )
+    mounts = f"{REPOSITORY}:{REPOSITORY},/runs/a:/runs/a,{tmp_path}:/data:ro"
+    assert f"--container-mounts={mounts}" in words and "--no-container-mount-home" in words
+    words = dry_run(RUN, DPO_CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:26.01-py3")
+    assert "--container-image=nvcr.io#nvidia/pytorch:26.01-py3" in words
 
 
 @pytest.mark.parametrize(
-    ("environment", "launches"),
-    [({"TORCHRUN_RC": "3"}, NUM_NODES), ({"SCONTROL_FAILS": "1"}, 0)],
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "no run folder: a requeued job would not find its run; give logger.log_dir="),
+        ([RUN], {"DPO_DRY_RUN": "0"}, "not in a Slurm job; expected: sbatch slurm/dpo_llama70b.sh"),
+        ([RUN], {"DPO_CONFIG": "configs/none.yaml"}, "no config "),
+        ([RUN], {"DPO_HANG_S": "10m"}, "DPO_HANG_S=10m; expected a whole number"),
+        ([RUN], {"DPO_SAVE_LEAD_S": "10"}, "DPO_SAVE_LEAD_S=10; expected at least 20"),
+        ([RUN], {"DPO_PROCS_PER_NODE": "9"}, "DPO_PROCS_PER_NODE=9, but the job has 8 GPUs a node"),
+        ([RUN], {"DPO_PROCS_PER_NODE": "0"}, "no GPUs in this job; expected sbatch --gpus-per-"),
+        (
+            [RUN],
+            {"DPO_CONTAINER_IMAGE": "/no/image.sqsh"},
+            "DPO_CONTAINER_IMAGE=/no/image.sqsh is ",
+        ),
+        ([RUN], {"DPO_CONTAINER_MOUNTS": "/a:/b"}, "DPO_CONTAINER_MOUNTS is set without "),
+        (
+            [RUN],
+            {"DPO_CONTAINER_IMAGE": "x", "DPO_CONTAINER_MOUNTS": "/tmp:/a,/no/data:/b"},
+            "DPO_CONTAINER_MOUNTS=/no/data:/b: /no/data is not there",
+        ),
+    ],
 )
-def test_failures_are_passed_on(submit_dir, environment, launches):
-    assert run_script(submit_dir, **environment).returncode != 0
-    assert len(torchrun_arguments(submit_dir)) == launches
+def test_bad_input_is_refused(arguments, environment, message):
+    run = run_script(*arguments, **environment)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"error: {message}"), run.stderr
+    assert len(run.stderr.splitlines()) == 1
 
 
-def test_submitting_from_elsewhere_is_refused(submit_dir):
-    run = run_script(submit_dir, SLURM_SUBMIT_DIR=str(submit_dir / "reinforcer_tp"))
-    assert run.returncode != 0 and "submit from the repository root" in run.stderr
-    assert torchrun_arguments(submit_dir) == []
+def test_submitting_from_elsewhere_is_refused(tmp_path):
+    run = run_script(RUN, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert run.returncode == 2 and "submit from the repository root" in run.stderr
+    assert "--nodes=8" in dry_run(RUN, SLURM_SUBMIT_DIR=str(tmp_path), DPO_REPO=str(REPOSITORY))
+
+
+def test_the_scripts_know_the_trainers_files():
+    """Phases with a time limit, exit codes that end a job, the folder beside the trainer's."""
+    settings, outcome = ((FOLDER / f"{name}.sh").read_text() for name in ("settings", "outcome"))
+    assert set(re.search(r"STEP_PHASES='(.*)'", settings)[1].split("|")) == LIMITED
+    for_good = {Exit.DATA, Exit.CONFIG, Exit.NO_RESTART}
+    assert {int(c) for c in re.search(r"\n    (65.*)\)\n", outcome)[1].split(" | ")} == for_good
+    assert f"$code == {int(Exit.REQUEUE)} && $cause == stop" in outcome
+    toy = (REPOSITORY / "tests" / "slurm" / "toy.py").read_text()
+    for name in (run_directory._FINISHED, "checkpoints"):
+        assert name in outcome and f'"{name}"' in toy
+    assert "slurm" in NAMES, "the trainer would refuse a folder that only holds slurm/"
+
+
+def test_every_variable_is_in_the_readme():
+    text = "".join(path.read_text() for path in FOLDER.glob("*.sh"))
+    used = set(re.findall(r"\bDPO_[A-Z_]+\b", text)) - {"DPO_LAST_ATTEMPT", "DPO_PROCS"}
+    listed = set(re.findall(r"^\| `(DPO_\w+)`", (FOLDER / "README.md").read_text(), flags=re.M))
+    assert used == listed
+
+
+SMI = """#!/bin/sh
+case "$*" in
+*-L*) echo "GPU 0: H100 (UUID: GPU-a)"; echo "GPU 1: H100 (UUID: GPU-b)" ;;
+*) echo "0, [N/A]"; echo "1, ${ECC:-0}" ;;
+esac
+"""
+
+
+def preflight(tmp_path: Path, *, clock: float = 0.0, gpus: int = 2, free_gib: int = 1, **more: str):
+    """One node's preflight, with a stand-in for nvidia-smi and without waiting."""
+    folder, tools = tmp_path / "folder", tmp_path / "tools"
+    for each in (folder, tools):
+        each.mkdir(exist_ok=True)
+    for name, text in (("nvidia-smi", SMI), ("sleep", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    if "MISSING" not in more:
+        (folder / "clock").write_text(f"{int(time.time() + clock)}\n")
+    log = tmp_path / "1.0"
+    return subprocess.run(
+        ["bash", FOLDER / "preflight.sh", folder, log, str(gpus), "60", str(free_gib)],
+        env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURMD_NODENAME": "n7"} | more,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_good_node_says_so_in_its_log_too(tmp_path):
+    assert preflight(tmp_path).stdout == "preflight n7: ok\n"
+    assert (tmp_path / "1.0.n7.log").read_text() == "preflight n7: ok\n"
+    assert (tmp_path / "folder" / "n7.canary").read_text() == "n7\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"gpus": 3}, "GPUs: nvidia-smi lists 2, expected 3"),
+        ({"ECC": "4"}, "ECC: uncorrected errors: GPU 1: 4; expected 0"),
+        ({"clock": -100.0}, r"clock: 10\d s from the first node's, expected at most 60"),
+        ({"clock": 100.0}, r"clock: -(100|99) s from the first node's, expected at most 60"),
+        ({"free_gib": 10**9}, r"disk: .*folder has \d+ GiB free, expected 1000000000"),
+        ({"TMPDIR": "/no/folder"}, r"disk: /no/folder has \? GiB free, expected 1"),
+        ({"MISSING": "1"}, "shared folder: .*/clock, just written, is not seen after 30 s"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_node_says_why(tmp_path, given, reason):
+    run = preflight(tmp_path, **given)
+    assert run.returncode == 1
+    assert re.match(f"preflight n7: bad: {reason}", run.stdout), run.stdout
+    assert (tmp_path / "1.0.n7.log").read_text() == run.stdout
+
+
+def test_a_node_that_cannot_write_says_so(tmp_path):
+    (tmp_path / "folder" / "n7.canary").mkdir(parents=True)
+    run = preflight(tmp_path)
+    assert run.stdout.startswith("preflight n7: bad: shared folder: ") and run.returncode == 1
+    assert run.stdout.rstrip().endswith("folder cannot be written")

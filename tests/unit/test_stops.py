@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from reinforcer_tp.lifecycle.stops import Reason, Stopped, Stops
+from reinforcer_tp.lifecycle import stops as stops_module
+from reinforcer_tp.lifecycle.stops import Reason, Stopped, Stops, deaf_children
 
 ALONE = SimpleNamespace(world_size=1)
 
@@ -48,6 +50,40 @@ def test_a_child_has_signals_of_its_own(stops):
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
     assert stops.agree(ALONE) is None
+
+
+def test_a_child_that_is_a_program_of_its_own_lives_on(stops):
+    """Slurm sends a signal to every process of a step, also to what a tracker has started."""
+    with deaf_children():
+        child = subprocess.Popen(["sleep", "30"])
+    heard = subprocess.Popen(["sleep", "30"])
+    try:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            child.send_signal(number)
+        heard.send_signal(signal.SIGUSR1)
+        assert heard.wait(5) == -signal.SIGUSR1
+        time.sleep(0.2)
+        assert child.poll() is None
+        stops.begin_loop(0)
+        os.kill(os.getpid(), signal.SIGUSR1)  # this process hears as before
+        deadline = time.monotonic() + 5
+        while (reason := stops.agree(ALONE)) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reason is Reason.SIGUSR1
+    finally:
+        child.kill()
+        heard.kill()
+
+
+def test_a_long_phase_rewrites_the_heartbeat(stops, tmp_path, monkeypatch):
+    stops.open_run(tmp_path, None)
+    stops.phase("validation")
+    before = (tmp_path / "heartbeat").read_text()
+    stops.tick()
+    assert (tmp_path / "heartbeat").read_text() == before, "not at each micro-batch"
+    monkeypatch.setattr(stops_module, "_BEAT_S", 0.0)
+    stops.tick()
+    assert (tmp_path / "heartbeat").read_text() != before
 
 
 def test_the_stop_file_counts_once(stops, tmp_path):
