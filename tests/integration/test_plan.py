@@ -26,6 +26,11 @@ def plan(*argv, timeout_s: float = 240.0):
     return run.returncode, run.stdout, run.stderr, time.monotonic() - begin
 
 
+def make_words() -> list[str]:
+    text = "the cat sat on a mat, looked at the moon and ran over a hill"
+    return text.split()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A Llama of 52 million parameters without weights, its tokenizer, and pairs."""
@@ -36,7 +41,7 @@ def model(tmp_path_factory):
         max_position_embeddings=1024, tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     make_tokenizer().save_pretrained(folder)
-    words = ["the", "cat", "sat", "on", "a", "mat,", "looked", "at", "the", "moon", "and", "ran", "over", "a", "hill"]
+    words = make_words()
     rows = [
         {
             "prompt": " ".join(words[i % 7 :] * 2),
