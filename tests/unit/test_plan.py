@@ -18,11 +18,12 @@ from reinforcer_tp.plan.devices import find_device
 from reinforcer_tp.plan.estimate import make_plan
 from reinforcer_tp.plan.layout import layout_of
 from reinforcer_tp.plan.rows import Assumed, assumed_pairs, rows_of
-from reinforcer_tp.plan.search import changed, fixes, search
+from reinforcer_tp.plan.search import changed, fixes, quick_plan, search
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake rank needs no CUDA")
 ROOT = Path(__file__).parents[2]
 BIG = str(ROOT / "configs" / "dpo_llama70b.yaml")
+SCALE = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "dpo.yaml"})
 NO_RATES = dict.fromkeys(("tflops", "memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"))
 
 
@@ -190,6 +191,20 @@ def test_search_agrees_with_building_every_stage(small):
         assert candidate.plan.time.step_s == pytest.approx(whole.time.step_s, rel=0.05)
         quick, built = candidate.plan.works, whole.works
         assert [w.num_parameters for w in quick] == [w.num_parameters for w in built]
+
+
+@pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
+def test_configurations_that_ship_fit_their_cluster(path):
+    """On 80 GB cards, a tenth of them free; layers counted from one and two."""
+    config = load_config(str(path), [])
+    world_size = config.planned_world_size
+    per_node = config.cluster.gpus_per_node or 8
+    world_size = world_size if config.cluster.gpus_per_node else 8
+    config, subject = subject_of(str(path), world_size)
+    assert subject.gpus_per_node == per_node
+    candidate = quick_plan(config, subject)
+    assert candidate.plan is not None, candidate.refusal
+    assert candidate.plan.fits, candidate.plan.peak_gib
 
 
 def test_fixes_change_what_they_say(small):
