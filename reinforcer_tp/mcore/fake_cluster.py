@@ -100,8 +100,8 @@ class _Values(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # the most frequent one
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
-            known = args[0].constant  # a number that the host has written itself
-            return self._read(func) if known is None else known.item()
+            answer, known = self._read(func), args[0].constant  # what the host has written itself
+            return answer if known is None else known.item()
         if func is torch.ops.aten.nonzero.default:
             self._read(func)
             return torch.empty(0, args[0].ndim, dtype=torch.int64)

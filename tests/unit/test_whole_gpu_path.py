@@ -41,7 +41,7 @@ WAITS = {
 NORM, FOUND_INF, ANY_RANK = WAITS
 VARIANTS = {
     "as it ships": (),
-    "recompute off": (f"{MEGATRON}.activation_checkpointing=false",),
+    "recompute": (f"{MEGATRON}.activation_checkpointing=true",),
     "interleaved": (f"{MEGATRON}.virtual_pipeline_model_parallel_size=2",),
     "plain optimizer": (f"{MEGATRON}.optimizer.use_distributed_optimizer=false",),
     "float16": ("policy.precision=float16",),
