@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -66,7 +67,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", help="YAML file of the run")
     parser.add_argument("--gpus", type=int, help="in all; default: the cluster section's")
     parser.add_argument("--gpus-per-node", type=int, help="default: the cluster section's, or 8")
-    parser.add_argument("--gpu", default="h100", help="its name, or any name with rates; cpu")
+    parser.add_argument(
+        "--gpu", help="name, or any name with rates, or cpu; default: h100, or the run's"
+    )
     for rate, what in zip(RATES, ("TFLOP/s dense", "GiB", "GB/s", "GB/s", "GB/s"), strict=True):
         parser.add_argument(f"--{rate.replace('_', '-')}", type=float, metavar=what)
     parser.add_argument("--efficiency", type=float, help="share of the rate in matrix products")
@@ -94,9 +97,10 @@ def no_rendezvous():
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    device = find_device(arguments.gpu, {rate: getattr(arguments, rate) for rate in RATES})
+    check_numbers(arguments)
     if arguments.compare is not None:
-        return compare(arguments, device)
+        return compare(arguments)
+    device = find_device(arguments.gpu or "h100", given_rates(arguments))
     config = load_config(arguments.config, arguments.overrides)
     world_size, per_node = cluster_size(config, arguments)
     config = on_cluster(config, world_size, per_node)
@@ -107,10 +111,11 @@ def plan(arguments: argparse.Namespace) -> int:
     from reinforcer_tp.plan.search import search
 
     if arguments.search:
-        return show_search(config, subject, list(told(search(config, subject))))
+        return show_search(arguments, config, subject, list(told(search(config, subject))))
     planned = make_plan(config, subject)
+    fix = None if planned.fits else cheapest_fix(config, subject)
     if arguments.json:
-        print(json.dumps(show.as_json(planned, subject), indent=2, allow_nan=False))
+        say_json(show.as_json(planned, subject, arguments.price) | {"fix": fix})
         return 0 if planned.fits else _EXIT_TOO_BIG
     for line in show.headline(planned, subject):
         print(line)
@@ -120,17 +125,31 @@ def plan(arguments: argparse.Namespace) -> int:
     print("\nassumed:")
     for line in show.assumptions(planned, subject):
         print(f"  - {line}")
-    if not planned.fits:
-        print(f"\n{cheapest_fix(config, subject)}")
+    if fix is not None:
+        print(f"\n{fix}")
     return 0 if planned.fits else _EXIT_TOO_BIG
 
 
-def cluster_size(config: Config, arguments: argparse.Namespace) -> tuple[int, int]:
-    """(GPUs in all, GPUs of a node)."""
+def given_rates(arguments: argparse.Namespace) -> dict[str, float | None]:
+    return {rate: getattr(arguments, rate) for rate in RATES}
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Before anything heavy is imported."""
     for name in ("gpus", "gpus_per_node", "pairs", "prompt_tokens", "response_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: expected at least 1")
+    if arguments.efficiency is not None and not 0 < arguments.efficiency <= 1:
+        raise ConfigError(f"--efficiency={arguments.efficiency:g}: expected more than 0, up to 1")
+    if not 0 <= arguments.headroom < 1:
+        raise ConfigError(f"--headroom={arguments.headroom:g}: expected from 0 to below 1")
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ConfigError(f"--price={arguments.price:g}: expected a finite number from 0")
+
+
+def cluster_size(config: Config, arguments: argparse.Namespace) -> tuple[int, int]:
+    """(GPUs in all, GPUs of a node)."""
     world_size = arguments.gpus or config.planned_world_size
     per_node = arguments.gpus_per_node or config.cluster.gpus_per_node or 8
     per_node = min(per_node, world_size)
@@ -154,14 +173,8 @@ def open_subject(
 ) -> Subject:
     from reinforcer_tp.plan import estimate, timing
 
-    if not 0 <= arguments.headroom < 1:
-        raise ConfigError(f"--headroom={arguments.headroom:g}: expected from 0 to below 1")
     efficiency = timing.Efficiency()
     if arguments.efficiency is not None:
-        if not 0 < arguments.efficiency <= 1:
-            raise ConfigError(
-                f"--efficiency={arguments.efficiency:g}: expected more than 0, up to 1"
-            )
         efficiency = timing.Efficiency(matrices=arguments.efficiency)
     return estimate.open_subject(
         config,
@@ -195,11 +208,20 @@ def told(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         print(file=sys.stderr)
 
 
-def show_search(config: Config, subject: Subject, candidates: list) -> int:
+def say_json(value: dict | list) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show_search(
+    arguments: argparse.Namespace, config: Config, subject: Subject, candidates: list
+) -> int:
     from reinforcer_tp.plan import show
     from reinforcer_tp.plan.estimate import make_plan
     from reinforcer_tp.plan.search import changed
 
+    if arguments.json:
+        say_json([show.candidate_json(each) for each in candidates])
+        return 0 if any(each.plan and each.plan.fits for each in candidates) else _EXIT_TOO_BIG
     print(show.candidates_table(candidates, _SHOWN))
     fitting = [each for each in candidates if each.plan is not None and each.plan.fits]
     print(f"\n{len(candidates)} layouts, {len(fitting)} fit on {subject.device.name}")
@@ -231,24 +253,32 @@ def cheapest_fix(config: Config, subject: Subject) -> str:
     )
 
 
-def compare(arguments: argparse.Namespace, device: Device) -> int:
+def compare(arguments: argparse.Namespace) -> int:
     from reinforcer_tp.plan.compare import comparison, comparison_lines, open_run
-    from reinforcer_tp.plan.estimate import make_plan
-    from reinforcer_tp.plan.show import as_json
 
-    if arguments.config or arguments.overrides or arguments.search:
+    if arguments.config or arguments.overrides or arguments.search or arguments.gpus:
         raise ConfigError(
-            "--compare takes the configuration from the run's folder; give no --config, --search "
-            "or key=value beside it"
+            "--compare takes configuration and layout from the run's folder; give no --config, "
+            "--gpus, --search or key=value beside it"
         )
-    config, world_size, per_node, measured = open_run(arguments.compare)
-    subject = open_subject(config, arguments, device, world_size, per_node)
-    planned: Plan = make_plan(config, subject)
-    found = comparison(as_json(planned, subject), measured)
+    run = open_run(arguments.compare)
+    device = find_device(arguments.gpu or run.device, given_rates(arguments))
+    if device.is_gpu != (run.device != "cpu"):
+        raise ConfigError(
+            f"--gpu={arguments.gpu}, but {arguments.compare} ran on {run.device}; leave --gpu out, "
+            "or name that card"
+        )
+    from reinforcer_tp.plan import show
+    from reinforcer_tp.plan.estimate import make_plan
+
+    subject = open_subject(run.config, arguments, device, run.world_size, run.per_node)
+    planned: Plan = make_plan(run.config, subject)
+    found = comparison(show.as_json(planned, subject), run.measured)
     if arguments.json:
-        print(json.dumps(found, indent=2, allow_nan=False))
-    else:
-        print("\n".join(comparison_lines(found)))
+        say_json(found)
+        return 0
+    print(*show.headline(planned, subject), *comparison_lines(found), sep="\n")
+    print("\nassumed:", *(f"  - {line}" for line in show.assumptions(planned, subject)), sep="\n")
     return 0
 
 

@@ -23,33 +23,67 @@ class Measured:
     num_steps: int
 
 
-def open_run(folder: Path) -> tuple[Config, int, int, Measured]:
-    """(configuration, world size, processes on a node, what was measured). Raises ConfigError."""
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a run's folder says of it."""
+
+    config: Config
+    world_size: int
+    per_node: int  # processes on a node
+    device: str  # its name, or cpu
+    measured: Measured
+
+
+def open_run(folder: Path) -> FinishedRun:
+    """Raises ConfigError where that is no run that has taken steps, naming the file."""
     for name in ("config.yaml", "environment.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(
                 f"--compare={folder}: there is no {name}; expected the folder of a run that has "
                 "taken steps (its logger.log_dir)"
             )
-    config = load_config(str(folder / "config.yaml"), [])
-    environment = read_json(folder / "environment.json")
-    world_size = int(environment["world_size"])
-    return config, world_size, world_size // int(environment["num_nodes"]), _measured(folder)
-
-
-def _measured(folder: Path) -> Measured:
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    steps = [parse_json(line[:_LINE_BYTES]) for line in lines]
-    steps = [step for step in steps if "perf/step_s" in step]
-    if len(steps) < 2:
+    path = folder / "environment.json"
+    environment = read_json(path)
+    sizes = [environment.get(name) for name in ("world_size", "num_nodes")]
+    devices = environment.get("devices")
+    known = all(isinstance(size, int) and size > 0 for size in sizes) and sizes[0] % sizes[1] == 0
+    if not (known and isinstance(devices, list) and devices and isinstance(devices[0], str)):
         raise ConfigError(
-            f"--compare={folder}: metrics.jsonl has {len(steps)} steps; expected at least 2, since "
-            "the first one compiles and allocates"
+            f"--compare={folder}: {path} has world_size={sizes[0]}, num_nodes={sizes[1]}, "
+            f"devices={str(devices)[:80]}; expected what a run writes there"
         )
-    before = steps[0].get("memory/before_model_gib", 0.0)
+    return FinishedRun(
+        config=load_config(str(folder / "config.yaml"), []),
+        world_size=sizes[0],
+        per_node=sizes[0] // sizes[1],
+        device="cpu" if devices[0].startswith("cpu") else devices[0],
+        measured=_measured(folder / "metrics.jsonl"),
+    )
+
+
+def _measured(path: Path) -> Measured:
+    steps, before = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last end of line is torn
+        try:
+            value = parse_json(line[:_LINE_BYTES])
+            if "perf/step_s" in value:
+                steps.append([float(value[name]) for name in ("perf/step_s", "memory/peak_gib")])
+            if "memory/before_model_gib" in value:
+                before.append(float(value["memory/before_model_gib"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"--compare: line {number} of {path} is no metrics of a step "
+                f"({type(error).__name__}: {error}); expected what a run writes there"
+            ) from None
+    if len(steps) < 2 or min(min(step) for step in steps) <= 0:
+        raise ConfigError(
+            f"--compare: {path} has {len(steps)} steps; expected at least 2 with perf/step_s and "
+            "memory/peak_gib above 0, since the first one compiles and allocates"
+        )
     return Measured(
-        step_s=median(step["perf/step_s"] for step in steps[1:]),
-        peak_gib=max(step["memory/peak_gib"] for step in steps) - before,
+        step_s=median(step_s for step_s, _ in steps[1:]),
+        peak_gib=max(peak for _, peak in steps) - (before[-1] if before else 0.0),
         num_steps=len(steps),
     )
 

@@ -4,6 +4,7 @@ by the plan as an assumption. Imports no torch."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from reinforcer_tp.config_check import ConfigError
@@ -74,8 +75,9 @@ def find_device(name: str, rates: dict[str, float | None]) -> Device:
     """
     given = {key: value for key, value in rates.items() if value is not None}
     for key, value in given.items():
-        if not value > 0:
-            raise ConfigError(f"--{key.replace('_', '-')}={value:g}: expected a number above 0")
+        if not 0 < value < math.inf:
+            option = key.replace("_", "-")
+            raise ConfigError(f"--{option}={value:g}: expected a finite number above 0")
     if "tflops" in given:
         given["tflops_float32"] = given["tflops"]
     known = _KNOWN.get(_plain(name))
@@ -92,6 +94,8 @@ def find_device(name: str, rates: dict[str, float | None]) -> Device:
 
 def _plain(name: str) -> str:
     """`NVIDIA H100 80GB HBM3` (torch.cuda.get_device_name) and `H100` are h100."""
+    if "MIG" in name.split():
+        return name  # a part of a card has a part of its rates
     words = name.lower().replace("nvidia", " ").replace("geforce", " ").replace("-", " ").split()
     text = " ".join(words)
     if text in ("rtx 4090", "4090"):

@@ -18,6 +18,7 @@ from reinforcer_tp.plan.memory import GIB, SWEEP, RankMemory, rank_memory
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Assumed, Rows, read_pairs, rows_of
 from reinforcer_tp.plan.timing import Efficiency, StepTime, step_time
+from reinforcer_tp.untrusted import read_json
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -108,7 +109,7 @@ def open_subject(
     name = config.policy.model_name
     if name == "embedded":
         name = ensure_embedded().model
-    fields, source = find_model_shape(name, MODELS)
+    fields, source = _shape(name)
     validate_model(config, fields)
     hf_config = config_of(fields, Path(source))
     pairs, pairs_source = read_pairs(config, assumed)
@@ -126,6 +127,14 @@ def open_subject(
     )
 
 
+def _shape(name: str) -> tuple[dict[str, Any], str]:
+    """A folder's, else the one that ships, so that nothing waits for the hub, else the hub's."""
+    shipped = MODELS / f"{name.replace('/', '--')}.json"
+    if shipped.is_file() and not Path(name).expanduser().is_dir():
+        return read_json(shipped), str(shipped)
+    return find_model_shape(name, MODELS)
+
+
 def make_plan(config: Config, subject: Subject) -> Plan:
     """Builds a rank of every pipeline stage and takes a step. Raises ConfigError, ValueError."""
     config.validate(subject.world_size, subject.gpus_per_node)
@@ -133,7 +142,14 @@ def make_plan(config: Config, subject: Subject) -> Plan:
     shape = subject.shape
     layout = layout_of(config, shape.num_layers, subject.world_size, subject.gpus_per_node)
     rows = rows_of(config, shape, layout, subject.pairs, subject.pairs_source)
-    works = [_probe(config, subject, layout, rank, rows) for rank in range(layout.pp_size)]
+    built: dict[tuple, RankWork] = {}  # stages with as many layers that are no end do the same
+    works = []
+    for rank in range(layout.pp_size):
+        layers = layout.stage_layers[rank :: layout.pp_size]
+        key = (layers, rank == 0, rank == layout.pp_size - 1)
+        if key not in built:
+            built[key] = _probe(config, subject, layout, rank, rows)
+        works.append(dataclasses.replace(built[key], pp_rank=rank))
     return assemble(config, subject, layout, rows, works)
 
 
@@ -146,15 +162,14 @@ def assemble(
         layout=layout,
         rows=rows,
         works=works,
-        memories=[rank_memory(work, layout, round(rows.micro_batches)) for work in works],
+        memories=[rank_memory(work, layout, rows.most_micro_batches) for work in works],
         time=step_time(
             works,
             rows,
             layout,
             device,
             subject.efficiency,
-            is_half=config.policy.precision != "float32",
-            recomputes_attention=config.policy.megatron_cfg.activation_checkpointing,
+            config=config,
         ),
         limit_gib=subject.limit_gib,
         is_gpu=device.is_gpu,

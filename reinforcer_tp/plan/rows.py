@@ -46,7 +46,8 @@ class Rows:
     total_steps: int
     num_pairs: int  # of the training set
     micro_batches: float  # of each data-parallel rank in a step, mean
-    row_tokens: float  # with padding, mean
+    most_micro_batches: int
+    row_tokens: float  # with padding, mean: times micro_batches, a rank's tokens of a step
     step_tokens: float  # real tokens of a global batch, mean
     step_flops: float  # of a global batch, forward and backward, mean
     attention_share: float  # of step_flops
@@ -123,14 +124,14 @@ def rows_of(
     cut: MicroBatching = micro_batching(config, shape, layout)  # type: ignore[arg-type]
     total_steps = num_steps(config, len(pairs))
     cost, lengths = pair_cost(shape), pairs.lengths()
-    counts, widths, tokens, flops, attention, head = [], [], [], [], [], []
+    counts, slots, tokens, flops, attention, head = [], [], [], [], [], []
     longest: tuple[int, int, list[int]] = (0, 0, [])
     for step in range(1, min(total_steps, _STEPS) + 1):
         rows = np.array(train_rows(config, len(pairs), step))
         shared = pairs.shared_lengths(rows, cut.share)
         plan, row_lengths = plan_rows(lengths[rows], shared, cut)
         counts.append(len(plan[0]))
-        widths.append(np.mean(row_lengths))
+        slots.append(sum(map(sum, row_lengths)) / cut.dp_size)
         tokens.append(packed_lengths(lengths[rows], shared).sum())
         flops.append(sum(pair_costs(lengths[rows], shared, cost)))
         no_attention = dataclasses.replace(cost, visible_key=0.0)
@@ -145,7 +146,8 @@ def rows_of(
         total_steps=total_steps,
         num_pairs=len(pairs),
         micro_batches=float(np.mean(counts)),
-        row_tokens=float(np.mean(widths)),
+        most_micro_batches=max(counts),
+        row_tokens=float(np.sum(slots) / np.sum(counts)),
         step_tokens=float(np.mean(tokens)),
         step_flops=float(np.mean(flops)),
         attention_share=float(np.sum(attention) / np.sum(flops)),

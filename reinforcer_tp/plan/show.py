@@ -38,19 +38,22 @@ _TIME_PARTS = (
 
 
 def memory_table(plan: Plan) -> str:
-    """One row for each pipeline stage, GiB of one rank."""
-    columns = ("weights", "gradients", "optimizer", "activations", "head", "reference", "peak")
+    """One row for each pipeline stage, GiB of one rank.
+
+    The peak is that of the worst moment: temporaries and what the card loses are in it as well.
+    """
+    columns = ("weights", "gradients", "optimizer", "activations", "head", "other", "peak")
     table = Table("stage", "layers", "parameters", *columns, "at its worst in", box=SIMPLE_HEAD)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for rank, (work, memory) in enumerate(zip(plan.works, plan.memories, strict=True)):
         parts = (
-            memory.parameters + memory.buffers,
+            memory.parameters,
             memory.gradients,
             memory.optimizer,
             memory.activations,
             memory.head,
-            memory.reference,
+            memory.reference + memory.buffers,
         )
         table.add_row(
             str(rank),
@@ -64,13 +67,13 @@ def memory_table(plan: Plan) -> str:
 
 
 def time_table(plan: Plan) -> str:
-    table = Table("a step", "seconds", "share", box=SIMPLE_HEAD)
+    table = Table("a step, slowest rank", "seconds", "share", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     whole = plan.time.step_s
     for name, label in _TIME_PARTS:
         seconds = getattr(plan.time, name)
-        if seconds > 0:
+        if seconds >= 0.0005:
             table.add_row(label, f"{seconds:.3f}", f"{seconds / whole:.1%}")
     table.add_row("whole step", f"{whole:.3f}", "")
     return _text(table)
@@ -92,21 +95,27 @@ def headline(plan: Plan, subject: Subject) -> Iterator[str]:
 
 def run_lines(plan: Plan, subject: Subject, price: float | None) -> Iterator[str]:
     rows, hours = plan.rows, plan.run_s / 3600
-    per_device = rows.step_flops / plan.time.step_s / subject.world_size / 1e12
-    is_half = plan.config.policy.precision != "float32"
-    rate = subject.device.tflops if is_half else subject.device.tflops_float32
+    per_device, mfu = rates(plan, subject)
     yield (
         f"a step: {rows.step_flops / 1e15:,.3g} PFLOP for {rows.step_tokens:,.0f} tokens in "
         f"{rows.micro_batches:.1f} micro-batches a rank; {per_device:,.0f} TFLOP/s a device, "
-        f"MFU {per_device / rate:.1%}"
+        f"MFU {mfu:.1%}"
     )
     gpu_hours = hours * subject.world_size
     cost = "" if price is None else f", {gpu_hours * price:,.0f} at {price:g} a GPU-hour"
     sweep = f", {plan.time.sweep_s / 60:.0f} min of it the reference's sweep"
     yield (
         f"the run: {rows.total_steps:,} steps, {hours:,.1f} h"
-        f"{sweep if plan.time.sweep_s > 0 else ''}; {gpu_hours:,.0f} GPU-hours{cost}"
+        f"{sweep if plan.time.sweep_s > 0 else ''}; {gpu_hours:,.1f} GPU-hours{cost}"
     )
+
+
+def rates(plan: Plan, subject: Subject) -> tuple[float, float]:
+    """(TFLOP/s of a device, MFU)."""
+    per_device = plan.rows.step_flops / plan.time.step_s / subject.world_size / 1e12
+    is_half = plan.config.policy.precision != "float32"
+    rate = subject.device.tflops if is_half else subject.device.tflops_float32
+    return per_device, per_device / rate
 
 
 def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
@@ -175,7 +184,23 @@ def _quoted(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) and set(value) & set("|*()' ") else str(value)
 
 
-def as_json(plan: Plan, subject: Subject) -> dict[str, Any]:
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """One layout of a search."""
+    if candidate.plan is None:
+        return {"changes": candidate.overrides, "refusal": candidate.refusal}
+    return {
+        "changes": candidate.overrides,
+        "layout": candidate.plan.layout.text(),
+        "fits": candidate.plan.fits,
+        "peak_gib": candidate.plan.peak_gib,
+        "step_s": candidate.plan.time.step_s,
+        "hours": candidate.plan.run_s / 3600,
+    }
+
+
+def as_json(plan: Plan, subject: Subject, price: float | None = None) -> dict[str, Any]:
+    gpu_hours = plan.run_s / 3600 * subject.world_size
+    tflops, mfu = rates(plan, subject)
     return {
         "layout": {
             "world_size": plan.layout.world_size,
@@ -209,7 +234,12 @@ def as_json(plan: Plan, subject: Subject) -> dict[str, Any]:
         "step_flops": plan.rows.step_flops,
         "steps": plan.rows.total_steps,
         "hours": plan.run_s / 3600,
-        "gpu_hours": plan.run_s / 3600 * subject.world_size,
+        "gpu_hours": gpu_hours,
+        "cost": None if price is None else gpu_hours * price,
+        "tflops_per_gpu": tflops,
+        "mfu": mfu,
+        "step_tokens": plan.rows.step_tokens,
+        "micro_batches": plan.rows.micro_batches,
         "assumptions": list(assumptions(plan, subject)),
     }
 

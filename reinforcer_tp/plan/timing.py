@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reinforcer_tp.config import Config
 from reinforcer_tp.plan.devices import Device
 from reinforcer_tp.plan.layout import Layout
 from reinforcer_tp.plan.meter import Work
 from reinforcer_tp.plan.pipeline import duration_s
-from reinforcer_tp.plan.probe import RankWork
+from reinforcer_tp.plan.probe import ChunkWork, RankWork
 from reinforcer_tp.plan.rows import Rows
 
 
@@ -50,44 +51,33 @@ def step_time(
     device: Device,
     efficiency: Efficiency,
     *,
-    is_half: bool,
-    recomputes_attention: bool,
+    config: Config,
 ) -> StepTime:
     """`works`: of every pipeline rank."""
-    clock = _Clock(device, efficiency, layout, is_half)
-    count = max(round(rows.micro_batches), 1)
-    count = -(-count // layout.micro_batch_multiple) * layout.micro_batch_multiple
+    clock = _Clock(device, efficiency, layout, config.policy.precision != "float32")
     # Measured on the longest row; a step's rows are shorter where nothing pads them.
     scale = rows.row_tokens / len(rows.longest.tokens)
-    per_layer = _attention_s(rows, layout, clock, count) / sum(layout.stage_layers)
-    head_s = _head_s(rows, layout, clock, count)
+    per_layer = _attention_s(rows, layout, clock) / sum(layout.stage_layers)
+    again = _recomputes_attention(config)
     parts, seconds = [], []
     for work in works:
         mine = layout.stage_layers[work.pp_rank :: layout.pp_size]
-        chunks = []
-        for chunk, layers in zip(work.chunks, mine, strict=True):
-            forward = {**clock.parts(chunk.forward, scale), "attention": per_layer * layers}
-            backward = {**clock.parts(chunk.backward, scale)}
-            # FlashAttention's backward does 2.5 times the work of its forward.
-            backward["attention"] = per_layer * layers * (2.5 + recomputes_attention)
-            if chunk.head_forward is not None:
-                for into, head, share in (
-                    (forward, chunk.head_forward, 0.25),
-                    (backward, chunk.head_backward, 0.75),
-                ):
-                    _add(into, clock.parts(head, scale))
-                    into["head"] = head_s * share
-            chunks.append((forward, backward))
-        parts.append(_sum_parts(chunks, count))
+        chunks = [
+            _chunk_s(chunk, per_layer * layers, again, _head_s(rows, layout, clock), clock, scale)
+            for chunk, layers in zip(work.chunks, mine, strict=True)
+        ]
+        parts.append(_sum_parts(chunks, rows.micro_batches))
         seconds.append([(sum(f.values()), sum(b.values())) for f, b in chunks])
-    send_s = _send_s(works, layout, clock)
-    pipelined = duration_s(layout, count, seconds, send_s)
+    send_s = _send_s(works, layout, clock) * scale
+    pipelined = _between_counts(layout, rows.micro_batches, seconds, send_s)
     slowest = max(parts, key=lambda found: sum(found.values()))
-    messages_s = send_s * 2 * (layout.pp_size - 1) if layout.pp_size > 1 else 0.0
-    first_last = max(f + b for chunks in seconds for f, b in chunks)
-    data_s = max(_exposed(clock, work, first_last) for work in works)
-    optimizer_s = max(clock.seconds(work.optimizer) for work in works)
-    sweep_s, reference_s = _reference_s(works, rows, layout, clock, count)
+    messages_s = send_s * 2 * (layout.pp_size - 1)
+    data_s = max(
+        _data_parallel_s(clock, work, chunks, config)
+        for work, chunks in zip(works, seconds, strict=True)
+    )
+    optimizer_s = max(clock.of_own(work.optimizer) for work in works)
+    sweep_s, reference_s = _reference_s(works, rows, layout, clock)
     return StepTime(
         matrices_s=slowest["matrices"],
         attention_s=slowest["attention"],
@@ -102,6 +92,48 @@ def step_time(
         step_s=pipelined + data_s + optimizer_s + reference_s,
         sweep_s=sweep_s,
     )
+
+
+def _recomputes_attention(config: Config) -> float:
+    """The share of attention's forward that backward does again."""
+    megatron = config.policy.megatron_cfg
+    if not megatron.activation_checkpointing:
+        return 0.0
+    if megatron.recompute_granularity == "selective":
+        return float("core_attn" in megatron.recompute_modules)
+    return 1.0  # with recompute_method=block of fewer layers
+
+
+def _chunk_s(
+    chunk: ChunkWork,
+    attention_s: float,
+    again: float,
+    head_s: float,
+    clock: _Clock,
+    scale: float,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(forward, backward) of one micro-batch: part -> seconds."""
+    forward = clock.parts(chunk.forward, scale) | {"attention": attention_s}
+    # FlashAttention's backward does 2.5 times the work of its forward.
+    backward = clock.parts(chunk.backward, scale) | {"attention": attention_s * (2.5 + again)}
+    if chunk.head_forward is not None and chunk.head_backward is not None:
+        _add(forward, clock.parts(chunk.head_forward, scale))
+        _add(backward, clock.parts(chunk.head_backward, scale))
+        forward["head"], backward["head"] = head_s / 4, head_s * 3 / 4
+    return forward, backward
+
+
+def _between_counts(
+    layout: Layout, count: float, seconds: list[list[tuple[float, float]]], send_s: float
+) -> float:
+    """The pipeline's seconds at a mean number of micro-batches, between those of whole numbers."""
+    multiple = layout.micro_batch_multiple
+    below = max(int(count // multiple) * multiple, multiple)
+    low = duration_s(layout, below, seconds, send_s)
+    if count <= below:
+        return low * count / below
+    high = duration_s(layout, below + multiple, seconds, send_s)
+    return low + (high - low) * (count - below) / multiple
 
 
 class _Clock:
@@ -125,51 +157,70 @@ class _Clock:
     def seconds(self, work: Work) -> float:
         return sum(self.parts(work).values())
 
-    def rate(self, stride: int) -> float:
-        """Bytes a second between ranks that are up to `stride` apart."""
-        if stride <= self.layout.gpus_per_node:
-            return self.device.link_gb_s * 1e9 * self.efficiency.link
-        return self.device.network_gb_s * 1e9 * self.efficiency.network
+    def of_own(self, work: Work) -> float:
+        """Without collectives."""
+        parts = self.parts(work)
+        return parts["matrices"] + parts["other"]
+
+    def collectives(self, work: Work) -> float:
+        return self.parts(work)["collectives"]
+
+    def rate(self, span: int, ranks_on_node: int = 1) -> float:
+        """Bytes a second of a group that spans `span` ranks; each rank has its network adapter."""
+        link = self.device.link_gb_s * 1e9 * self.efficiency.link
+        if span <= self.layout.gpus_per_node:
+            return link
+        adapter = self.device.network_gb_s * 1e9 * self.efficiency.network
+        return min(link, ranks_on_node * adapter)
 
     def collective_s(self, kind: str, ranks: int, size: float) -> float:
         if ranks == 1 or kind in ("send", "recv_", "broadcast_"):
             return 0.0
-        is_data = "coalesced" in kind
-        span = self.layout.tp_size * (self.layout.dp_size if is_data else 1)
-        times = 2 if kind.startswith("allreduce") else 1
-        return times * size * (ranks - 1) / ranks / self.rate(span)
+        times, tp = (2 if kind.startswith("allreduce") else 1), self.layout.tp_size
+        rate = self.rate(tp)
+        if "coalesced" in kind:  # DDP's: every tp-th rank
+            rate = self.rate(tp * self.layout.dp_size, max(self.layout.gpus_per_node // tp, 1))
+        return times * size * (ranks - 1) / ranks / rate
 
 
-def _attention_s(rows: Rows, layout: Layout, clock: _Clock, count: int) -> float:
+def _attention_s(rows: Rows, layout: Layout, clock: _Clock) -> float:
     """Forward of one micro-batch through all layers, on one tensor-parallel rank."""
     if not clock.device.is_gpu:
         return 0.0  # there it is made of products that were counted
-    flops = rows.step_flops * rows.attention_share / 3 / layout.dp_size / count / layout.tp_size
-    return flops / (clock.flops * clock.efficiency.attention)
+    flops = rows.step_flops * rows.attention_share / 3
+    shares = layout.dp_size * layout.tp_size * rows.micro_batches
+    return flops / shares / (clock.flops * clock.efficiency.attention)
 
 
-def _head_s(rows: Rows, layout: Layout, clock: _Clock, count: int) -> float:
+def _head_s(rows: Rows, layout: Layout, clock: _Clock) -> float:
     """Forward and backward of one micro-batch, 8 / 6 of what the model's FLOPs say (strict)."""
     if not clock.device.is_gpu:
         return 0.0
-    flops = rows.step_flops * rows.head_share / layout.dp_size / count / layout.tp_size
-    return flops * 8 / 6 / (clock.flops * clock.efficiency.head)
+    flops = rows.step_flops * rows.head_share * 8 / 6
+    shares = layout.dp_size * layout.tp_size * rows.micro_batches
+    return flops / shares / (clock.flops * clock.efficiency.head)
 
 
 def _send_s(works: list[RankWork], layout: Layout, clock: _Clock) -> float:
-    """One message between stages."""
+    """One message between stages, to another node unless two stages share one."""
     if layout.pp_size == 1:
         return 0.0
-    return works[0].message_bytes / clock.rate(layout.world_size // layout.pp_size + 1)
+    return works[0].message_bytes / clock.rate(2 * layout.tp_size * layout.dp_size)
 
 
-def _exposed(clock: _Clock, work: RankWork, hidden_s: float) -> float:
-    """Reduction and gather beyond what the last backward and the first forward hide."""
-    return max(clock.seconds(work.reduce) + clock.seconds(work.gather) - hidden_s, 0.0)
+def _data_parallel_s(
+    clock: _Clock, work: RankWork, chunks: list[tuple[float, float]], config: Config
+) -> float:
+    """Reduction of gradients and gathering of weights, beyond what a micro-batch hides."""
+    section = config.policy.megatron_cfg.distributed_data_parallel_config
+    hides_reduce = sum(backward for _, backward in chunks) if section.overlap_grad_reduce else 0.0
+    hides_gather = sum(forward for forward, _ in chunks) if section.overlap_param_gather else 0.0
+    gather_s = clock.collectives(work.gather) + clock.collectives(work.optimizer)
+    return max(clock.seconds(work.reduce) - hides_reduce, 0.0) + max(gather_s - hides_gather, 0.0)
 
 
 def _reference_s(
-    works: list[RankWork], rows: Rows, layout: Layout, clock: _Clock, count: int
+    works: list[RankWork], rows: Rows, layout: Layout, clock: _Clock
 ) -> tuple[float, float]:
     """(sweep before training, a resident reference in each step)."""
     if rows.sweep is None:
@@ -177,12 +228,12 @@ def _reference_s(
     row_s = max(clock.seconds(work.sweep) for work in works)
     if rows.sweep_tokens == 0:
         scale = rows.row_tokens / len(rows.sweep.tokens)
-        return 0.0, row_s * scale * (count + layout.pp_size - 1)
+        return 0.0, row_s * scale * (rows.micro_batches + layout.pp_size - 1)
     num_rows = rows.sweep_tokens / len(rows.sweep.tokens) / layout.dp_size
     return row_s * (num_rows + layout.pp_size - 1), 0.0
 
 
-def _sum_parts(chunks: list, count: int) -> dict[str, float]:
+def _sum_parts(chunks: list, count: float) -> dict[str, float]:
     total: dict[str, float] = {}
     for pair in chunks:
         for part in pair:

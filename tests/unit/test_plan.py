@@ -14,16 +14,22 @@ import torch
 from reinforcer_tp.config import ConfigError, load_config
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 from reinforcer_tp.plan import __main__ as command
+from reinforcer_tp.plan import timing
 from reinforcer_tp.plan.devices import find_device
 from reinforcer_tp.plan.estimate import make_plan
-from reinforcer_tp.plan.layout import layout_of
+from reinforcer_tp.plan.layout import Layout, layout_of
 from reinforcer_tp.plan.rows import Assumed, assumed_pairs, rows_of
-from reinforcer_tp.plan.search import changed, fixes, quick_plan, search
+from reinforcer_tp.plan.search import Probes, _candidate, changed, fixes, layouts, quick_plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake rank needs no CUDA")
 ROOT = Path(__file__).parents[2]
 BIG = str(ROOT / "configs" / "dpo_llama70b.yaml")
 SCALE = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "dpo.yaml"})
+MEGATRON = "policy.megatron_cfg"
+NO_OVERLAP = [
+    f"{MEGATRON}.distributed_data_parallel_config.{key}=false"
+    for key in ("overlap_grad_reduce", "overlap_param_gather")
+]
 NO_RATES = dict.fromkeys(("tflops", "memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"))
 
 
@@ -119,11 +125,14 @@ def test_where_nothing_helps_it_says_so(small, capsys):
     [
         (["--gpu", "h1000"], "--gpu=h1000 is not known; expected one of a100, "),
         (["--gpu", "h1000"], "--tflops --memory-gib --memory-gb-s --link-gb-s"),
-        (["--tflops", "-1"], "--tflops=-1: expected a number above 0"),
+        (["--tflops", "-1"], "--tflops=-1: expected a finite number above 0"),
         (["--gpus", "0"], "--gpus=0: expected at least 1"),
         (["--gpus", "12"], "--gpus=12 is no multiple of 8 GPUs of a node"),
         (["--efficiency", "1.5"], "--efficiency=1.5: expected more than 0"),
         (["--headroom", "1"], "--headroom=1: expected from 0 to below 1"),
+        (["--price", "nan"], "--price=nan: expected a finite number from 0"),
+        (["--memory-gib", "inf"], "--memory-gib=inf: expected a finite number above 0"),
+        (["--gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"], "is not known"),
         (["policy.megatron_cfg.tensor_model_parallel_size=3"], "does not divide"),
         (["policy.megatron_cfg.pipeline_model_parallel_size=5"], "pipeline_model_parallel_size=5"),
         (
@@ -179,18 +188,154 @@ def subject_of(small, world_size, *overrides, gpu="h100", memory_gib=None):
     return config, command.open_subject(config, arguments, device, world_size, per_node)
 
 
+def test_no_tokens_are_lost_between_whole_micro_batches(small):
+    """6 x weights x tokens with padding / rate, whatever the mean number of micro-batches."""
+    layer = 512 * (2 * 512 + 2 * 256) + 3 * 512 * 1024
+    fractions = set()
+    for tokens in (1500, 2100, 2500, 2900):
+        config, subject = subject_of(small, 2, f"policy.micro_batch_tokens={tokens}")
+        plan = make_plan(config, subject)
+        rate = 989e12 * subject.efficiency.matrices
+        slots = plan.rows.row_tokens * plan.rows.micro_batches
+        assert slots * 2 == pytest.approx(plan.rows.step_tokens, rel=0.01)
+        expected = 6 * 4 * layer * slots / rate
+        assert plan.time.matrices_s == pytest.approx(expected, rel=1e-6)
+        fractions.add(plan.rows.micro_batches % 1)
+    assert any(fractions), "whole numbers would not show it"
+
+
+@pytest.mark.parametrize("count", [3.0, 3.25, 3.75, 4.0])
+def test_a_pipeline_pays_for_the_mean_number_of_micro_batches(count):
+    """(m + p - 1) (f + b), also where m is a mean."""
+    layout = Layout(
+        world_size=4, gpus_per_node=8, tp_size=1, pp_size=4, vpp_size=1, dp_size=1,
+        stage_layers=(1,) * 4,
+    )  # fmt: skip
+    seconds = [[(1.0, 2.0)]] * 4
+    assert timing._between_counts(layout, count, seconds, 0.0) == pytest.approx((count + 3) * 3)
+
+
+@pytest.mark.parametrize("tp, adapters", [(1, 8), (2, 4), (8, 1)])
+def test_a_group_uses_the_adapters_of_all_its_ranks(tp, adapters):
+    """8 nodes: with tp=1 eight ranks of a data-parallel group stand on each, with tp=8 one."""
+    layout = Layout(
+        world_size=64, gpus_per_node=8, tp_size=tp, pp_size=1, vpp_size=1, dp_size=64 // tp,
+        stage_layers=(1,),
+    )  # fmt: skip
+    clock = timing._Clock(find_device("h100", NO_RATES), timing.Efficiency(), layout, True)
+    rate = 0.7 * min(450e9, adapters * 50e9)
+    found = clock.collective_s("reduce_scatter_tensor_coalesced_", layout.dp_size, 1e9)
+    assert found == pytest.approx(1e9 * (1 - tp / 64) / rate)
+
+
+def test_overlap_hides_what_it_says(small):
+    times = []
+    for options in ((), NO_OVERLAP):
+        config, subject = subject_of(small, 16, *options)
+        times.append(make_plan(config, subject).time)
+    hidden, open_ = times
+    assert open_.data_parallel_s > hidden.data_parallel_s
+    assert open_.optimizer_s == pytest.approx(hidden.optimizer_s)  # the gather is no part of it
+
+
 def test_search_agrees_with_building_every_stage(small):
     """One and two layers and a straight line, against the whole thing."""
     config, subject = subject_of(small, 4)
-    found = [each for each in search(config, subject) if each.plan is not None]
-    shapes = {(c.plan.layout.tp_size, c.plan.layout.pp_size, c.plan.layout.vpp_size) for c in found}
-    assert {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 4, 1)} <= shapes
-    for candidate in found[::7]:
+    every = [changed(config, overrides) for overrides in layouts(config, subject)]
+    sizes = {
+        (
+            each.policy.megatron_cfg.tensor_model_parallel_size,
+            each.policy.megatron_cfg.pipeline_model_parallel_size,
+            each.policy.megatron_cfg.virtual_pipeline_model_parallel_size,
+        )
+        for each in every
+    }
+    assert {
+        (1, 1, None),
+        (2, 1, None),
+        (4, 1, None),
+        (1, 2, 2),
+        (2, 2, None),
+        (1, 4, None),
+    } <= sizes
+    few = [
+        {},
+        {f"{MEGATRON}.pipeline_model_parallel_size": 4},
+        *list(layouts(config, subject))[4::9],
+    ]
+    for candidate in (_candidate(config, subject, overrides, Probes()) for overrides in few):
         whole = make_plan(changed(config, candidate.overrides), subject)
         assert candidate.plan.peak_gib == pytest.approx(whole.peak_gib, rel=0.02)
         assert candidate.plan.time.step_s == pytest.approx(whole.time.step_s, rel=0.05)
         quick, built = candidate.plan.works, whole.works
         assert [w.num_parameters for w in quick] == [w.num_parameters for w in built]
+
+
+def test_a_search_as_json(small, capsys):
+    code, out, _ = run(capsys, "--config", small, "--gpus", 2, "--search", "--json")
+    found = json.loads(out)
+    assert code == 0 and any(each.get("fits") for each in found)
+    assert all("step_s" in each or each["refusal"] for each in found)
+
+
+@pytest.fixture
+def a_run(tmp_path, small):
+    """The folder of a run on one CPU process, as far as --compare reads it."""
+    folder = tmp_path / "finished"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(Path(small).read_text())
+    environment = {"world_size": 1, "num_nodes": 1, "devices": ["cpu (2 cores, x86_64, EPYC)"]}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    line = {"step": 1, "perf/step_s": 2.0, "memory/peak_gib": 1.5, "memory/before_model_gib": 0.5}
+    lines = [line, {"step": 1, "validation/loss": 1.0}, {**line, "step": 2, "perf/step_s": 1.0}]
+    text = "".join(json.dumps(each) + "\n" for each in lines) + '{"step": 3, "perf/st'
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def test_a_run_beside_its_plan(a_run, capsys):
+    """The card is the run's; a last line that is torn off counts for nothing."""
+    code, out, err = run(capsys, "--compare", a_run, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["measured"] == {"step_s": 1.0, "peak_gib": 1.0} and found["steps"] == 2
+    assert found["ratio"]["peak_gib"] == pytest.approx(found["predicted"]["peak_gib"])
+    _, out, _ = run(capsys, "--compare", a_run)
+    assert "on 1 x CPU" in out and "assumed:" in out
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("environment.json", "{}", "environment.json has world_size=None"),
+        (
+            "environment.json",
+            '{"world_size": 7, "num_nodes": 2, "devices": ["cpu"]}',
+            "num_nodes=2",
+        ),
+        (
+            "environment.json",
+            '{"world_size": 1, "num_nodes": 0, "devices": ["cpu"]}',
+            "num_nodes=0",
+        ),
+        ("metrics.jsonl", "5\n", "line 1 of "),
+        ("metrics.jsonl", '{"perf/step_s": 1.0}\n', "line 1 of "),
+        ("metrics.jsonl", '{"perf/step_s": 1, "memory/peak_gib": "x"}\n', "line 1 of "),
+        ("metrics.jsonl", '{"perf/step_s": 0, "memory/peak_gib": 0}\n' * 2, "above 0"),
+        ("metrics.jsonl", "", "has 0 steps"),
+        ("metrics.jsonl", "\udcff\n", "line 1 of "),
+        ("config.yaml", "policy: [1, 2", "config.yaml"),
+    ],
+)
+def test_damaged_runs_are_named(a_run, capsys, name, text, expected):
+    (a_run / name).write_bytes(text.encode(errors="surrogateescape"))
+    code, _, err = run(capsys, "--compare", a_run)
+    assert code == 78 and expected in err and err.count("\n") == 1, err
+
+
+def test_a_cpu_run_is_not_compared_with_a_card(a_run, capsys):
+    code, _, err = run(capsys, "--compare", a_run, "--gpu", "h100")
+    assert code == 78 and "ran on cpu" in err
 
 
 @pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
