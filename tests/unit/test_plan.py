@@ -258,12 +258,13 @@ def test_search_agrees_with_building_every_stage(small):
         (2, 2, None),
         (1, 4, None),
     } <= sizes
+    probes = Probes()
     few = [
         {},
         {f"{MEGATRON}.pipeline_model_parallel_size": 4},
         *list(layouts(config, subject))[4::9],
     ]
-    for candidate in (_candidate(config, subject, overrides, Probes()) for overrides in few):
+    for candidate in (_candidate(config, subject, overrides, probes) for overrides in few):
         whole = make_plan(changed(config, candidate.overrides), subject)
         assert candidate.plan.peak_gib == pytest.approx(whole.peak_gib, rel=0.02)
         assert candidate.plan.time.step_s == pytest.approx(whole.time.step_s, rel=0.05)
