@@ -71,6 +71,9 @@ class Attempt:
             building = building_name(parent)
             building.mkdir()
             about = {"token": self._token, "started": self._started, "rank": self._rank}
+            if "SLURM_JOB_ID" in os.environ:
+                restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+                about["slurm_job"] = f"{os.environ['SLURM_JOB_ID']}.{restart}"
             (building / "attempt.json").write_text(json.dumps(about) + "\n")
             try:
                 building.rename(path)
