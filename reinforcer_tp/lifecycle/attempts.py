@@ -1,6 +1,6 @@
 """What is left of each attempt of a run, since torchrun hides exit codes. Light: no torch.
 
-<log_dir>/attempts/0001/attempt.json      who began it, and when
+<log_dir>/attempts/0001/attempt.json      who began it, when, and in which Slurm job
                         exit.json         how it ended; the first rank that knows writes it
                         traceback_rankR.txt, stacks_rankR.txt
 <log_dir>/heartbeat                       rewritten after each step, and within long phases
