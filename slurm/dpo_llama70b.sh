@@ -18,7 +18,8 @@
 
 DPO_CONFIG=${DPO_CONFIG:-configs/dpo_llama70b.yaml}
 # Slurm runs a copy of this file from its spool folder: $0 does not lead to the repository.
-if ! cd "${DPO_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}" || [[ ! -f slurm/launch.sh ]]; then
+if [[ -n ${DPO_REPO:-} || ! -f slurm/launch.sh ]] &&
+    ! cd "${DPO_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}" || [[ ! -f slurm/launch.sh ]]; then
     echo "error: no slurm/launch.sh in $PWD; submit from the repository root, or set DPO_REPO" >&2
     exit 2
 fi

@@ -23,7 +23,7 @@ hang_reason=     # why the watchdog ended the step
 
 main() {
     settings
-    if [[ ${DPO_DRY_RUN:-0} != 0 ]]; then
+    if is_dry_run; then
         dry_run
         return
     fi
@@ -33,6 +33,7 @@ main() {
         return
     fi
     open_run_folder
+    refuse_if_in_use
     trap on_usr1 USR1
     trap on_term TERM
     preflight
@@ -94,6 +95,7 @@ train() {
     export DPO_LAST_ATTEMPT=$last_attempt
     first_checkpoint=$(newest_checkpoint)
     # Of an earlier attempt: a stop asked of that one would end this one after a step.
+    refuse_if_in_use
     rm -f "$RUN/stop" "$RUN/heartbeat"
     leave_if_told
     say "training: $NUM_NODES x $PROCS processes from ${NODES[0]}:$PORT, checkpoint" \
@@ -128,7 +130,7 @@ on_term() {
 }
 
 leave_if_told() {
-    if ((got_term || asked_to_stop)); then
+    if ((got_term || asked_to_stop)) || is_preempted; then
         conclude_unstarted
     fi
 }

@@ -2,6 +2,7 @@
 
 last_attempt=0     # before this start
 first_checkpoint=0 # the newest one before this start; 0 = none
+other_job=         # which the run is in use by
 
 newest_attempt() {
     local folder number newest=0
@@ -12,6 +13,23 @@ newest_attempt() {
         fi
     done
     echo "$newest"
+}
+
+# JOB.RESTART, or nothing where it was not begun by Slurm.
+job_of_attempt() {
+    sed -n 's/.*"slurm_job": *"\([0-9.]*\)".*/\1/p' \
+        "$RUN/attempts/$(printf %04d "$1")/attempt.json" 2>/dev/null || true
+}
+
+# Whether the run is another job's at present -> other_job.
+is_in_use() {
+    local newest folder
+    newest=$(newest_attempt)
+    folder=$RUN/attempts/$(printf %04d "$newest")
+    other_job=$(job_of_attempt "$newest")
+    other_job=${other_job%.*}
+    [[ -n $other_job && $other_job != "$SLURM_JOB_ID" && ! -e $folder/exit.json &&
+        $(squeue -h -j "$other_job" -o %T 2>/dev/null) == RUNNING ]]
 }
 
 # Its step; 0 = there is none.
@@ -44,6 +62,9 @@ read_exit() {
     local attempt file line
     code='' cause='' message=''
     attempt=$(newest_attempt)
+    while [[ $(job_of_attempt "$attempt") != @("$ATTEMPT"|'') ]]; do # another job's meanwhile
+        attempt=$((attempt - 1))
+    done
     file=$RUN/attempts/$(printf %04d "$attempt")/exit.json
     if ((attempt > last_attempt)) && [[ -f $file ]]; then
         code=$(sed -n 's/^ *"code": *\([0-9]*\),*$/\1/p' "$file")
@@ -88,6 +109,10 @@ conclude() {
             requeue "go on from checkpoint $newest"
         fi
     fi
+    if [[ $code == 75 && $message == *" is in use by "* ]] && is_in_use; then
+        say "not requeued: $RUN is in use by job $other_job, which goes on"
+        exit 75
+    fi
     failed "${hang_reason:-the attempt has $how}"
 }
 
@@ -97,7 +122,23 @@ conclude_unstarted() {
         say "ended before the training"
         exit 1
     fi
+    if ((!asked_to_stop)); then
+        requeue "preempted before the training"
+    fi
+    # USR1 that a person has sent comes once; the time limit's would come at each start.
+    if (($(in_seconds "$(squeue -h -j "$SLURM_JOB_ID" -o %L)") > DPO_SAVE_LEAD_S + 60)); then
+        requeue "USR1 before the training"
+    fi
     failed "USR1 before the training had begun: --time is too short for the preflight"
+}
+
+# Slurm signals the steps alone then, and requeues the job when its grace is over.
+is_preempted() {
+    [[ $(about_job PreemptTime) != @(None|'') ]]
+}
+
+about_job() {
+    scontrol -o show job "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*/\1/p" || true
 }
 
 # Counts failures of this job at the same checkpoint. $1: why; the rest: nodes to leave out.
@@ -116,6 +157,17 @@ failed() {
     if ((count >= DPO_MAX_FAILURES)); then
         say "stopped for good: no progress since checkpoint $newest; see $LOGS/$ATTEMPT.*.log"
         exit 1
+    fi
+    local asked bad
+    asked=$(about_job ReqNodeList)
+    if (($# > 1)) && [[ $asked != @("(null)"|'') ]]; then
+        asked=" $(scontrol show hostnames "$asked" | tr '\n' ' ') "
+        for bad in "${@:2}"; do
+            if [[ $asked == *" $bad "* ]]; then # left out and asked for: pending for ever
+                say "stopped for good: $bad is bad, and asked for by --nodelist"
+                exit 1
+            fi
+        done
     fi
     requeue "$@"
 }
@@ -146,7 +198,7 @@ requeue() {
 # KillWait (30 s).
 exclude() {
     local before all try
-    before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') || true
+    before=$(about_job ExcNodeList)
     all=$(IFS=,; echo "$*")
     if [[ -n $before && $before != "(null)" ]]; then
         all=$before,$all
@@ -164,7 +216,19 @@ exclude() {
 # The same command and config: a later job of a chain need not start anything. With other overrides
 # the trainer itself says whether a finished run is to be extended.
 fingerprint() {
-    { cat "$DPO_CONFIG"; printf '%s\0' "${ARGUMENTS[@]}"; } | sha256sum
+    local word last='' configs=("$DPO_CONFIG")
+    for word in "${ARGUMENTS[@]}"; do
+        if [[ $word == --c*=* ]]; then # --conf is short for --config
+            configs+=("${word#*=}")
+        elif [[ $last == --c* && $last != *=* ]]; then
+            configs+=("$word")
+        fi
+        last=$word
+    done
+    for word in "${configs[@]}"; do
+        cat -- "$word" 2>&1 || true
+        printf '\0'
+    done | { cat; printf '%s\0' "${ARGUMENTS[@]}"; } | sha256sum
 }
 
 is_done() {

@@ -3,6 +3,8 @@
 # "preflight NODE: bad: CHECK: what, expected". In the training's container, if there is one.
 #   preflight.sh FOLDER LOG GPUS CLOCK_SKEW_S MIN_FREE_GIB
 set -uo pipefail
+# Slurm signals each process of a step: a preempted job's nodes are not bad.
+trap '' USR1 USR2 TERM
 folder=$1 log=$2 gpus=$3 skew_s=$4 min_free_gib=$5
 node=${SLURMD_NODENAME:-$(hostname)}
 
@@ -48,9 +50,9 @@ check_disk() { # folder, GiB
 check_gpus() {
     local found errors
     command -v nvidia-smi >/dev/null || bad "GPUs: no nvidia-smi, expected $gpus GPUs"
-    found=$(timeout 60 nvidia-smi -L 2>&1 | grep -c '^GPU ')
+    found=$(timeout --signal=KILL 60 nvidia-smi -L 2>&1 | grep -c '^GPU ')
     ((found == gpus)) || bad "GPUs: nvidia-smi lists $found, expected $gpus"
-    errors=$(timeout 60 nvidia-smi --format=csv,noheader,nounits \
+    errors=$(timeout --signal=KILL 60 nvidia-smi --format=csv,noheader,nounits \
         --query-gpu=index,ecc.errors.uncorrected.volatile.total 2>&1 |
         awk -F', *' '$2 + 0 > 0 { printf " GPU %s: %s;", $1, $2 }') # "[N/A]" counts as 0
     [[ -z $errors ]] || bad "ECC: uncorrected errors:$errors expected 0"

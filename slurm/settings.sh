@@ -12,7 +12,9 @@ settings() {
     local name
     for name in DPO_SAVE_LEAD_S DPO_MAX_FAILURES DPO_HANG_S DPO_START_HANG_S DPO_PREFLIGHT_S \
         DPO_MIN_FREE_GIB; do
-        [[ ${!name} =~ ^[0-9]+$ ]] || refuse "$name=${!name}; expected a whole number"
+        # Bash takes 010 for 8, 09 for an error, and 20 digits for some other number.
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+            refuse "$name=${!name}; expected a whole number of at most 9 digits, without 0 before it"
     done
     ((DPO_SAVE_LEAD_S >= 20)) || refuse "DPO_SAVE_LEAD_S=$DPO_SAVE_LEAD_S; expected at least 20"
     [[ -f $DPO_CONFIG ]] || refuse "no config $PWD/$DPO_CONFIG; set DPO_CONFIG to a YAML file"
@@ -37,6 +39,10 @@ settings() {
     environment
 }
 
+is_dry_run() {
+    [[ ! ${DPO_DRY_RUN:-0} =~ ^(0|[Nn]o|[Ff]alse|[Oo]ff|NO|FALSE|OFF)$ ]]
+}
+
 refuse() {
     echo "error: $*" >&2
     exit 2
@@ -53,7 +59,7 @@ name_run_folder() {
     if [[ $given =~ ^\"(.*)\"$ || $given =~ ^\'(.*)\'$ ]]; then
         given=${BASH_REMATCH[1]} # the trainer takes such quotes off, too
     fi
-    [[ -n $given ]] || refuse "no run folder: a requeued job would not find its run; give" \
+    [[ -n $given && ! $given =~ ^(~|null|Null|NULL)$ ]] || refuse "no run folder: a requeued job would not find its run; give" \
         "logger.log_dir=/shared/runs/NAME after the script, or set DPO_RUN_DIR"
     if [[ $given != /* ]]; then
         given=$PWD/$given
@@ -65,7 +71,7 @@ name_run_folder() {
 # NODES in Slurm's order, which follows the topology and which tensor and pipeline placement rely on.
 name_nodes() {
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
-        [[ ${DPO_DRY_RUN:-0} != 0 ]] ||
+        is_dry_run ||
             refuse "not in a Slurm job; expected: sbatch $0 key=value ...; DPO_DRY_RUN=1 bash" \
                 "$0 ... only prints the srun line"
         SLURM_JOB_ID=0 NODES=("<first node>")
@@ -92,6 +98,8 @@ name_processes() {
     local gpus=${SLURM_GPUS_ON_NODE:-0}
     GPUS=$gpus PROCS=${DPO_PROCS_PER_NODE:-$gpus}
     export DPO_PROCS=$PROCS
+    [[ -z ${DPO_PROCS_PER_NODE:-} || $PROCS =~ ^[1-9][0-9]{0,3}$ ]] ||
+        refuse "DPO_PROCS_PER_NODE=$PROCS; expected a whole number from 1 to 9999"
     [[ $PROCS =~ ^[1-9][0-9]*$ ]] ||
         refuse "no GPUs in this job; expected sbatch --gpus-per-node=N, or DPO_PROCS_PER_NODE=N" \
             "for N processes a node on CPUs"
@@ -128,6 +136,8 @@ container_options() {
 # What NCCL and CUDA need to know, where the site or the user has not said it. The trainer sets
 # CUDA_DEVICE_MAX_CONNECTIONS=1 itself (Megatron's order of kernels).
 environment() {
+    # sbatch --export=NONE would pass to srun, and leave the steps without PATH and all of this.
+    export SLURM_EXPORT_ENV=ALL
     # An NCCL error without it is "unhandled system error" and nothing else.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # NVLink SHARP takes GPU memory for each communicator, of which TP, PP and DP make many, and does

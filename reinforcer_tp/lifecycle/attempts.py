@@ -1,6 +1,6 @@
 """What is left of each attempt of a run, since torchrun hides exit codes. Light: no torch.
 
-<log_dir>/attempts/0001/attempt.json      who began it, and when
+<log_dir>/attempts/0001/attempt.json      who began it, when, and in which Slurm job
                         exit.json         how it ended; the first rank that knows writes it
                         traceback_rankR.txt, stacks_rankR.txt
 <log_dir>/heartbeat                       rewritten after each step, and within long phases
@@ -71,6 +71,9 @@ class Attempt:
             building = building_name(parent)
             building.mkdir()
             about = {"token": self._token, "started": self._started, "rank": self._rank}
+            if "SLURM_JOB_ID" in os.environ:
+                restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+                about["slurm_job"] = f"{os.environ['SLURM_JOB_ID']}.{restart}"
             (building / "attempt.json").write_text(json.dumps(about) + "\n")
             try:
                 building.rename(path)

@@ -2,8 +2,8 @@
 
 `Stops` is made before anything heavy is imported. A signal is seen by a thread of its own through
 signal.set_wakeup_fd, so that it counts while the main thread is in C++: imports, the rendezvous, a
-collective. In the loop the first signal is a request; before and after it, and the second time, it
-ends the process at once, with the same exit code: what is written is written whole.
+collective. In the loop a signal is a request, and the same one again ends the process at once, as
+any does before and after the loop, with the same exit code: what is written is written whole.
 
 SIGUSR2 writes the stacks of all threads to stderr and to the attempt's folder. Imports no torch.
 """
@@ -80,7 +80,7 @@ class Stops:
         self._parent = os.getppid()
         self._in_loop = False
         self._requested: Reason | None = None
-        self._requested_at = 0.0
+        self._first_at: dict[Reason, float] = {}  # a signal -> when it came first
         self._stop_file: Path | None = None
         self._limit_s: float | None = None
         self._boundary_at = self._beat_at = self._begin
@@ -145,11 +145,12 @@ class Stops:
         if self.ending.waits_with is not None:
             leave(self.ending.waits_with)
         now = time.monotonic()
+        first_at = self._first_at.setdefault(reason, now)
         if self._in_loop:
             if self._requested is None:
                 self.request(reason)
                 return
-            if now - self._requested_at < _SAME_BURST_S:
+            if now - first_at < _SAME_BURST_S:  # also another one: preempted near the time limit
                 return
         if self.ending.peers is not None:
             self.ending.peers.look_now(_LOOK_AT_PEERS_S)
@@ -167,7 +168,7 @@ class Stops:
     def request(self, reason: Reason) -> None:
         """As a signal does: the next `agree` gives `reason`, unless there is one already."""
         if self._requested is None:
-            self._requested, self._requested_at = reason, time.monotonic()
+            self._requested = reason
 
     def open_run(self, log_dir: Path, limit_s: float | None) -> None:
         """From here on there is a folder that this run may write to; `limit_s` from the start."""

@@ -27,6 +27,7 @@ bad=${FAKE_BAD:-}
 [[ ${SLURM_RESTART_COUNT:-0}.$SLURM_NODEID == 0.0 ]] || bad=
 case "$*.$bad" in
 *-L*.few) ;;
+*-L*.slow) sleep 8; echo "GPU 0: H100 (UUID: GPU-0)" ;;
 *-L*) echo "GPU 0: H100 (UUID: GPU-0)" ;;
 *ecc*.ecc) echo "0, 3" ;;
 *ecc*) echo "0, [N/A]" ;;

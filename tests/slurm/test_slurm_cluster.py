@@ -196,6 +196,16 @@ def test_a_preempted_job_goes_on(cluster, toys):
     assert "stopped by SIGTERM" in job.text() and "failure" not in job.text()
 
 
+def test_a_preemption_in_the_preflight_is_no_nodes_fault(cluster, toys):
+    job = toys("early", "-p batch --exclude= --nodelist=n2 --mem=1500G", FAKE_BAD="slow")
+    job.wait_for(lambda: "preflight of" in job.text(), 60, "the preflight")
+    preempt(cluster, "n2").end()
+    assert job.end() == "COMPLETED", job.story()
+    assert "preflight n2: ok" in job.text() and "preempted before the training" in job.text()
+    assert job.codes() == [0] and "failure" not in job.text()
+    assert job.show()["ExcNodeList"] in ("", "(null)") and job.show()["Restarts"] == "1"
+
+
 def test_a_lost_node_is_replaced(cluster, toys):
     job = toys("lost", "--exclude= --nodes=2 --nodelist=n2", TOY_STEPS="80")
     job.wait_for(lambda: job.heartbeat_step() >= 12, 60, "a checkpoint")

@@ -104,6 +104,17 @@ def test_ranks_at_the_same_time_claim_one_number(launched, tmp_path):
             assert [p.name for p in (folder / "attempts").iterdir()] == ["0001"]
 
 
+@pytest.mark.parametrize(("restart", "said"), [(None, "7.0"), ("2", "7.2")])
+def test_a_slurm_job_knows_its_attempt(restart, said, monkeypatch, tmp_path):
+    """slurm/outcome.sh reads it by line."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restart is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    [line] = (Attempt(tmp_path, 0, 1).folder() / "attempt.json").read_text().splitlines()
+    assert f'"slurm_job": "{said}"' in line
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     attempt = Attempt(tmp_path / "file" / "run", 0, 1)

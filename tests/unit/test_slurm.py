@@ -3,6 +3,7 @@
 tests/slurm/ runs them on a real one.
 """
 
+import json
 import os
 import re
 import shlex
@@ -155,7 +156,13 @@ def test_the_container_is_optional(tmp_path):
         ([RUN], {"DPO_HANG_S": "10m"}, "DPO_HANG_S=10m; expected a whole number"),
         ([RUN], {"DPO_SAVE_LEAD_S": "10"}, "DPO_SAVE_LEAD_S=10; expected at least 20"),
         ([RUN], {"DPO_PROCS_PER_NODE": "9"}, "DPO_PROCS_PER_NODE=9, but the job has 8 GPUs a node"),
-        ([RUN], {"DPO_PROCS_PER_NODE": "0"}, "no GPUs in this job; expected sbatch --gpus-per-"),
+        ([RUN], {"SLURM_GPUS_ON_NODE": "0"}, "no GPUs in this job; expected sbatch --gpus-per-"),
+        ([RUN], {"DPO_PROCS_PER_NODE": "0"}, "DPO_PROCS_PER_NODE=0; expected a whole number from"),
+        ([RUN], {"DPO_PROCS_PER_NODE": "-1"}, "DPO_PROCS_PER_NODE=-1; expected a whole number "),
+        ([RUN], {"DPO_MAX_FAILURES": "09"}, "DPO_MAX_FAILURES=09; expected a whole number of at"),
+        ([RUN], {"DPO_HANG_S": "9" * 20}, f"DPO_HANG_S={'9' * 20}; expected a whole number of at"),
+        (["logger.log_dir=null"], {}, "no run folder: "),
+        ([RUN], {"DPO_DRY_RUN": "no"}, "not in a Slurm job; expected: sbatch "),
         (
             [RUN],
             {"DPO_CONTAINER_IMAGE": "/no/image.sqsh"},
@@ -177,9 +184,10 @@ def test_bad_input_is_refused(arguments, environment, message):
 
 
 def test_submitting_from_elsewhere_is_refused(tmp_path):
-    run = run_script(RUN, SLURM_SUBMIT_DIR=str(tmp_path))
+    run = run_script(RUN, DPO_REPO=str(tmp_path))
     assert run.returncode == 2 and "submit from the repository root" in run.stderr
-    assert "--nodes=8" in dry_run(RUN, SLURM_SUBMIT_DIR=str(tmp_path), DPO_REPO=str(REPOSITORY))
+    assert "--nodes=8" in dry_run(RUN, SLURM_SUBMIT_DIR=str(tmp_path)), "sbatch --chdir"
+    assert "--nodes=8" in dry_run(RUN, DPO_REPO=str(REPOSITORY))
 
 
 def test_the_scripts_know_the_trainers_files():
@@ -261,3 +269,156 @@ def test_a_node_that_cannot_write_says_so(tmp_path):
     run = preflight(tmp_path)
     assert run.stdout.startswith("preflight n7: bad: shared folder: ") and run.returncode == 1
     assert run.stdout.rstrip().endswith("folder cannot be written")
+
+
+STUBS = {
+    "squeue": """
+case "$*" in
+*%l*) echo 1-00:00:00 ;;
+*%L*) echo "${FAKE_LEFT:-12:00:00}" ;;
+*"-j 7 "*) echo RUNNING ;;
+*) echo "${FAKE_OTHER:-}" ;;
+esac""",
+    "scontrol": """
+case "$*" in
+*hostnames*) echo "$3" | tr , '\\n' ;;
+*show*) echo "JobId=7 ReqNodeList=${FAKE_ASKED:-(null)} ExcNodeList=(null) X=y $FAKE_JOB" ;;
+*) echo "scontrol $*" ;;
+esac""",
+    "srun": """
+case "$*" in
+*preflight.sh*) eval "${FAKE_PREFLIGHT:-}" ;;
+*) eval "$FAKE_TRAINING" ;;
+esac""",
+}
+
+
+def job(tmp_path: Path, *words: str, preflight: str = "", training: str = "exit 1", **more: str):
+    """Job 7 on n1 and n2, with stand-ins for Slurm's commands."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash{text}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1,n2",
+        "SLURM_NNODES": "2",
+        "DPO_PROCS_PER_NODE": "1",
+        "DPO_RUN_DIR": str(tmp_path / "run"),
+        "DPO_MIN_FREE_GIB": "0",
+        "DPO_DRY_RUN": "0",
+        "FAKE_JOB": "PreemptTime=None",
+        "FAKE_PREFLIGHT": preflight,
+        "FAKE_TRAINING": training,
+        "RUN": str(tmp_path / "run"),
+    }
+    if not preflight:
+        given["DPO_PREFLIGHT_S"] = "0"
+    return run_script(*words, **given | more)
+
+
+def attempt(run: Path, number: int, owner: str, end: dict | None = None) -> None:
+    folder = run / "attempts" / f"{number:04d}"
+    folder.mkdir(parents=True)
+    (folder / "attempt.json").write_text(json.dumps({"rank": 0, "slurm_job": owner}) + "\n")
+    if end is not None:
+        (folder / "exit.json").write_text(json.dumps(end, indent=2) + "\n")
+
+
+def answers(first: str, second: str) -> str:
+    return f"echo 'preflight n1: {first}'; echo 'preflight n2: {second}'"
+
+
+def test_a_bad_node_is_left_out(tmp_path):
+    run = job(tmp_path, preflight=answers("ok", "bad: GPUs: 0, expected 1"))
+    assert "scontrol update JobId=7 ExcNodeList=n2" in run.stdout and run.returncode == 0
+
+
+def test_a_fault_of_all_nodes_leaves_none_out(tmp_path):
+    """Left out, they would all be, and the job pend for ever."""
+    run = job(tmp_path, preflight=answers("bad: GPUs: 0", "bad: GPUs: 3, expected 1"))
+    assert "failure 1 of at most 3 at checkpoint 0: preflight: all nodes fail alike" in run.stdout
+    assert "scontrol requeue 7" in run.stdout and "ExcNodeList" not in run.stdout
+
+
+def test_a_bad_node_that_was_asked_for_ends_the_job(tmp_path):
+    run = job(tmp_path, preflight=answers("ok", "bad: GPUs: 0"), FAKE_ASKED="n2")
+    assert "n2 is bad, and asked for by --nodelist" in run.stdout and run.returncode == 1
+    assert "scontrol" not in run.stdout
+
+
+def test_too_little_space_in_the_run_folder_is_refused(tmp_path):
+    run = job(tmp_path, DPO_MIN_FREE_GIB="900000000")
+    assert run.returncode == 2 and "GiB free, expected 900000000" in run.stderr
+
+
+def test_a_preemption_before_the_training_is_no_nodes_fault(tmp_path):
+    run = job(tmp_path, preflight="echo preflight n1: ok", FAKE_JOB="PreemptTime=2026-01-01T00:00")
+    assert "requeue: preempted before the training" in run.stdout, run.stdout
+    assert "failure" not in run.stdout and "ExcNodeList" not in run.stdout
+
+
+def test_a_preflight_does_not_die_of_a_preemptions_term(tmp_path):
+    """TERM comes to each process of a step."""
+    text = (FOLDER / "preflight.sh").read_text()
+    script = text[: text.index("folder=")] + "kill -TERM $$; echo alive"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert run.stdout == "alive\n"
+
+
+@pytest.mark.parametrize(("left", "is_failure"), [("12:00:00", False), ("10:30", True)])
+def test_usr1_ends_a_preflight_at_once(tmp_path, left, is_failure):
+    begin = time.monotonic()
+    # The batch shell is the parent of timeout, which is srun's.
+    tell = "kill -USR1 $(awk '{print $4}' /proc/$PPID/stat); exec sleep 40"
+    run = job(tmp_path, preflight=tell, FAKE_LEFT=left)
+    assert time.monotonic() - begin < 20 and run.returncode == 0, run.stdout
+    assert ("failure 1 of" in run.stdout) == is_failure
+    assert "scontrol requeue 7" in run.stdout and "ExcNodeList" not in run.stdout
+
+
+def test_a_changed_config_is_another_command(tmp_path):
+    """However it is given."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finished.json").touch()
+    given = tmp_path / "a.yaml"
+    done = "mkdir -p $RUN/attempts/0001; echo '  \"code\": 0,' > $RUN/attempts/0001/exit.json"
+    for words in (["--config", str(given)], [f"--config={given}"]):
+        given.write_text("a: 1\n")
+        assert "done: " in job(tmp_path, *words, training=done).stdout
+        assert "done already" in job(tmp_path, *words).stdout
+        given.write_text("a: 2\n")
+        assert "done already" not in job(tmp_path, *words).stdout
+        shutil.rmtree(tmp_path / "run" / "attempts")
+
+
+def test_export_none_is_not_for_the_steps(tmp_path):
+    run = job(tmp_path, training="echo steps get $SLURM_EXPORT_ENV", SLURM_EXPORT_ENV="NONE")
+    assert "steps get ALL" in run.stdout
+
+
+def test_a_run_of_another_job_is_left_alone(tmp_path):
+    attempt(tmp_path / "run", 1, "6.0")
+    (tmp_path / "run" / "stop").touch()
+    run = job(tmp_path, FAKE_OTHER="RUNNING")
+    assert run.returncode == 2 and f"{tmp_path}/run is in use by job 6; wait" in run.stderr
+    assert (tmp_path / "run" / "stop").exists()
+    run = job(tmp_path, FAKE_OTHER="")  # it has been killed
+    assert "training: 2 x 1 processes" in run.stdout and not (tmp_path / "run" / "stop").exists()
+
+
+def test_only_its_own_attempt_says_how_a_job_has_ended(tmp_path):
+    attempt(tmp_path, 2, "7.0", {"code": 65, "cause": "error", "message": "its own"})
+    attempt(tmp_path, 3, "6.0", {"code": 0, "cause": "done", "message": "another's"})
+    training = f"mkdir $RUN/attempts; cp -r {tmp_path}/attempts/* $RUN/attempts/"
+    run = job(tmp_path, training=training)
+    assert run.returncode == 65 and "ended with 65: its own" in run.stdout
+
+
+def test_a_run_that_another_job_has_begun_meanwhile_ends_this_job(tmp_path):
+    attempt(tmp_path, 1, "6.0")
+    said = "error[75]: logger.log_dir=/r is in use by process 5 on n3; wait until it ends"
+    copy = f"mkdir $RUN/attempts; cp -r {tmp_path}/attempts/* $RUN/attempts/"
+    training = f"{copy}; echo '{said}' > $RUN/slurm/7.0.n1.log"
+    run = job(tmp_path, training=training, FAKE_OTHER="RUNNING")
+    assert run.returncode == 75 and "in use by job 6, which goes on" in run.stdout

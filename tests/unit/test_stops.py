@@ -39,6 +39,21 @@ def test_a_first_signal_in_the_loop_is_a_request(stops):
     assert reason in (Reason.SIGUSR1, Reason.SIGTERM)
 
 
+def test_only_the_same_signal_again_leaves_at_once(stops, monkeypatch):
+    """Near its time limit a job gets USR1; a preemption's TERM after it must not end the save."""
+    left, now = [], time.monotonic()
+    monkeypatch.setattr(stops.ending, "leave_now", left.append)
+    monkeypatch.setattr("reinforcer_tp.lifecycle.stops.time.monotonic", lambda: now)
+    stops.begin_loop(0)
+    for wait_s, reason in ((0, Reason.SIGUSR1), (6, Reason.SIGTERM), (1, Reason.SIGTERM)):
+        now += wait_s
+        stops._on_signal(reason)
+    assert stops.agree(ALONE) is Reason.SIGUSR1 and not left
+    now += 2
+    stops._on_signal(Reason.SIGTERM)
+    assert len(left) == 1 and "stopped by SIGTERM" in left[0]
+
+
 def test_a_child_has_signals_of_its_own(stops):
     """Where a pool ends its workers, the trainer must not take it for its own end."""
     stops.begin_loop(0)
