@@ -142,7 +142,7 @@ class DistributedDataParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchConfig:
-    enabled: bool = False  # true is refused; FP8 goes by policy.fp8
+    enabled: bool = False  # true is refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +222,7 @@ class PolicyConfig:
     layer_spec: Literal["auto", "te", "local"] = "auto"  # auto = te on GPU where installed; ours
     load_weights: bool = True  # false = random weights, a function of dpo.seed; ours
     fp8: Literal["off", "hybrid", "blockwise"] | None = (
-        "off"  # matrices of the layers, by transformer-engine; null = off; ours
+        None  # matrices of the layers, by transformer-engine; null = off; ours
     )
     megatron_cfg: MegatronConfig = field(default_factory=MegatronConfig)
 

@@ -77,6 +77,7 @@ def check_model(policy: Any, shape: dict) -> None:
         require(
             size % (_SIDE * ranks) == 0,
             f"policy.fp8={policy.fp8} multiplies matrices whose sides are multiples of {_SIDE}, "
-            f"but the model's {name}={size} is {size // ranks} on each of {ranks} ranks; lower "
-            "policy.megatron_cfg.tensor_model_parallel_size, or use policy.fp8=off",
+            f"but the model's {name}={size} is {size / ranks:g} on each of {ranks} ranks; "
+            + ("lower policy.megatron_cfg.tensor_model_parallel_size, or " if ranks > 1 else "")
+            + "use policy.fp8=off",
         )

@@ -102,6 +102,7 @@ def _plain(name: str) -> str:
         return "rtx4090"
     for known in sorted(_KNOWN, key=len, reverse=True):
         parts = known.replace("-", " ").split()
-        if all(part in words for part in parts):
+        # A slower variant of a card that is known must not pass for it.
+        if all(part in words for part in parts) and {"nvl", "pcie"} & set(words) <= set(parts):
             return known
     return text

@@ -1,4 +1,4 @@
-"""The sizes of a layout, with the names that a Topology has for them; Imports no torch."""
+"""The sizes of a layout, with the names that a Topology has for them. Imports no torch."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from reinforcer_tp.plan.probe import ChunkWork, RankWork
 
 GIB = 2**30
 SWEEP = "reference sweep"
-# With chunks Megatron receives ahead and sends behind: its schedule holds up to six messages more
-# than the units of work do (tests/unit/test_plan_probe.py).
+# With chunks Megatron receives ahead and sends behind: its schedule holds between three messages
+# less and six more than the units of work (test_peak_is_that_of_megatrons_schedule).
 _MESSAGES_UNDER_WAY = 5
 
 

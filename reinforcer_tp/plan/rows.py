@@ -25,7 +25,7 @@ from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.plan.layout import Layout
 from reinforcer_tp.reference.sweep import sweep_batching
 
-_STEPS = 50  # of a run are packed; more say the same
+STEPS = 50  # of a run are packed; more say the same
 _SPREAD = 0.6  # sigma of the log-normal lengths that are assumed; about hh-rlhf's
 
 
@@ -44,7 +44,6 @@ class Rows:
 
     source: str  # where the lengths come from, for the reader
     total_steps: int
-    num_pairs: int  # of the training set
     micro_batches: float  # of each data-parallel rank in a step, mean
     most_micro_batches: int
     row_tokens: float  # with padding, mean: times micro_batches, a rank's tokens of a step
@@ -89,8 +88,9 @@ def read_pairs(config: Config, assumed: Assumed) -> tuple[TokenizedSet, str]:
 
 def _why_unreadable(config: Config) -> str | None:
     data, policy = config.data, config.policy
-    if data.dataset_name != "embedded" and not Path(data.train_data_path or "").exists():
-        return f"data.train_data_path={data.train_data_path or data.dataset_name} is not on disk"
+    path = data.train_data_path
+    if data.dataset_name != "embedded" and (path is None or not Path(path).expanduser().exists()):
+        return f"the data ({path or data.dataset_name}) are not on disk"
     tokenizer = policy.tokenizer.name or policy.model_name
     if tokenizer != "embedded" and not (Path(tokenizer).expanduser() / "tokenizer.json").is_file():
         return f"the tokenizer {tokenizer} is not on disk"
@@ -109,11 +109,18 @@ def assumed_pairs(assumed: Assumed, longest: int) -> TokenizedSet:
     lengths = np.resize(lengths, (count, 3)).astype(np.int32)
     ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
     return TokenizedSet(
-        tokens=np.zeros(int(ends[-1]), np.int8),
+        tokens=_apart(lengths, ends),
         lengths=lengths,
         weights=np.ones(count, np.float32),
         rows=np.arange(count),
     )
+
+
+def _apart(lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Token ids of which only the first of the responses differ: they share no beginning."""
+    tokens = np.zeros(int(ends[-1]), np.int8)
+    tokens[ends - lengths[:, 2]] = 1  # the first of the rejected one
+    return tokens
 
 
 def rows_of(
@@ -126,7 +133,7 @@ def rows_of(
     cost, lengths = pair_cost(shape), pairs.lengths()
     counts, slots, tokens, flops, attention, head = [], [], [], [], [], []
     longest: tuple[int, int, list[int]] = (0, 0, [])
-    for step in range(1, min(total_steps, _STEPS) + 1):
+    for step in range(1, min(total_steps, STEPS) + 1):
         rows = np.array(train_rows(config, len(pairs), step))
         shared = pairs.shared_lengths(rows, cut.share)
         plan, row_lengths = plan_rows(lengths[rows], shared, cut)
@@ -144,7 +151,6 @@ def rows_of(
     return Rows(
         source=source,
         total_steps=total_steps,
-        num_pairs=len(pairs),
         micro_batches=float(np.mean(counts)),
         most_micro_batches=max(counts),
         row_tokens=float(np.sum(slots) / np.sum(counts)),
@@ -187,18 +193,12 @@ def _sweep_row(
     """The longest pairs that a row of the sweep holds (they go first), and what it computes."""
     if config.reference_mode == "none" or pairs.has_reference:
         return None, 0
+    lengths = packed_lengths(pairs.lengths(), pairs.shared_lengths(range(len(pairs)), cut.share))
+    total = 0  # of a resident one, which runs each step
     if config.reference_mode == "store":
-        lengths = packed_lengths(
-            pairs.lengths(), pairs.shared_lengths(range(len(pairs)), cut.share)
-        )
         seen = min(total_steps * config.policy.train_global_batch_size, len(pairs))
         total = int(lengths.sum() * (seen / len(pairs)))
         cut = sweep_batching(cut, config.reference.micro_batch_tokens, int(lengths.max()))
-    else:
-        lengths = packed_lengths(
-            pairs.lengths(), pairs.shared_lengths(range(len(pairs)), cut.share)
-        )
-        total = 0  # it runs each step
     order = np.argsort(-lengths, kind="stable")
     room = cut.max_tokens or math.inf
     most = cut.max_pairs or config.policy.train_global_batch_size

@@ -19,6 +19,7 @@ from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.pipeline_layout import even_layout
 from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout, plannable
 from reinforcer_tp.plan.layout import Layout, layout_of
+from reinforcer_tp.plan.memory import GIB
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Rows, rows_of
 
@@ -59,7 +60,7 @@ def quick_plan(config: Config, subject: Subject) -> Candidate:
 
 
 def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
-    """Changes of one or two keys that need less memory, the cheapest kinds first."""
+    """Changes of single keys that need less memory, then layouts; the cheapest kinds first."""
     megatron, probes = config.policy.megatron_cfg, Probes()
     tp, tokens = megatron.tensor_model_parallel_size, config.policy.micro_batch_tokens
     single: list[dict[str, Any]] = []
@@ -82,7 +83,8 @@ def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
         keys = {"recompute_granularity": "full", **_RECOMPUTE}
         single.append({f"{_MEGATRON}{key}": value for key, value in keys.items()})
     for overrides in single:
-        yield _candidate(config, subject, _differing(config, overrides), probes)
+        if megatron.recompute_num_layers == 1:  # one and two layers say nothing of units of more
+            yield _candidate(config, subject, _differing(config, overrides), probes)
     for overrides in layouts(config, subject):
         yield _candidate(config, subject, overrides, probes)
 
@@ -166,14 +168,12 @@ def _candidate(
         _check_weights(config, subject, layout)
         rows = rows_of(config, subject.shape, layout, subject.pairs, subject.pairs_source)
         rows = dataclasses.replace(rows, longest=probes.row(config, subject, layout, rows))
-        works = [rank_at_depth(config, subject, layout, rows, r, probes) for r in _all(layout)]
+        works = [
+            rank_at_depth(config, subject, layout, rows, r, probes) for r in range(layout.pp_size)
+        ]
     except ValueError as error:
         return Candidate(overrides=overrides, plan=None, refusal=str(error))
     return Candidate(overrides=overrides, plan=assemble(config, subject, layout, rows, works))
-
-
-def _all(layout: Layout) -> range:
-    return range(layout.pp_size)
 
 
 def _check_weights(config: Config, subject: Subject, layout: Layout) -> None:
@@ -182,14 +182,14 @@ def _check_weights(config: Config, subject: Subject, layout: Layout) -> None:
     layer = pair_cost(shape).token / 6 / shape.num_layers
     weights = max(
         sum(layout.stage_layers[rank :: layout.pp_size]) * layer / layout.tp_size
-        for rank in _all(layout)
+        for rank in range(layout.pp_size)
     )
     size = 4 if config.policy.precision == "float32" else 2
     states = 8 if size == 4 else 12  # moments, and masters in 16 bits
     if megatron.optimizer.use_distributed_optimizer:
         states /= layout.dp_size
     gradient = 4 if megatron.distributed_data_parallel_config.grad_reduce_in_fp32 else size
-    needed = weights * (size + gradient + states) / 2**30
+    needed = weights * (size + gradient + states) / GIB
     if needed > subject.limit_gib:
         raise ConfigError(
             f"weights, gradients and optimizer of a rank need {needed:.0f} GiB of "

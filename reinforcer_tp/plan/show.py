@@ -21,6 +21,7 @@ from reinforcer_tp.plan.estimate import (
     Subject,
 )
 from reinforcer_tp.plan.memory import GIB
+from reinforcer_tp.plan.rows import STEPS
 from reinforcer_tp.plan.search import Candidate
 
 _TIME_PARTS = (
@@ -124,8 +125,9 @@ def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
     yield f"model shape: {subject.shape_source}"
     yield f"tokens: {plan.rows.source}"
     yield (
-        f"memory is that of the longest row, {len(plan.rows.longest.tokens):,} tokens with "
-        f"{len(plan.rows.longest.labels):,} response tokens, in every micro-batch"
+        f"memory is that of the longest row of the first {STEPS} steps, "
+        f"{len(plan.rows.longest.tokens):,} tokens with {len(plan.rows.longest.labels):,} response "
+        "tokens, in every micro-batch"
     )
     yield (
         f"rates: {rate:g} TFLOP/s x {shares.matrices:g} in matrix products, x "
@@ -153,11 +155,16 @@ def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
     )
 
 
+def rank(candidate: Candidate) -> tuple:
+    """The quickest that fit first, then what does not fit, then what cannot be."""
+    plan = candidate.plan
+    return (2, 0.0) if plan is None else (int(not plan.fits), plan.time.step_s)
+
+
 def candidates_table(candidates: Iterable[Candidate], most: int) -> str:
-    """The quickest that fit first, then what does not fit."""
+    """Of candidates by `rank`."""
     table = Table("layout", "changes", "GiB", "step s", "run h", "", box=SIMPLE_HEAD)
     planned = [each for each in candidates if each.plan is not None]
-    planned.sort(key=lambda each: (not each.plan.fits, each.plan.time.step_s))
     for candidate in planned[:most]:
         plan = candidate.plan
         table.add_row(

@@ -61,7 +61,7 @@ def step_time(
     again = _recomputes_attention(config)
     parts, seconds = [], []
     for work in works:
-        mine = layout.stage_layers[work.pp_rank :: layout.pp_size]
+        mine = works_layers(layout, work)
         chunks = [
             _chunk_s(chunk, per_layer * layers, again, _head_s(rows, layout, clock), clock, scale)
             for chunk, layers in zip(work.chunks, mine, strict=True)
@@ -77,7 +77,9 @@ def step_time(
         for work, chunks in zip(works, seconds, strict=True)
     )
     optimizer_s = max(clock.of_own(work.optimizer) for work in works)
-    sweep_s, reference_s = _reference_s(works, rows, layout, clock)
+    kernels_s = per_layer * max(sum(works_layers(layout, work)) for work in works)
+    kernels_s += _head_s(rows, layout, clock) / 4
+    sweep_s, reference_s = _reference_s(works, rows, layout, clock, kernels_s)
     return StepTime(
         matrices_s=slowest["matrices"],
         attention_s=slowest["attention"],
@@ -92,6 +94,11 @@ def step_time(
         step_s=pipelined + data_s + optimizer_s + reference_s,
         sweep_s=sweep_s,
     )
+
+
+def works_layers(layout: Layout, work: RankWork) -> tuple[int, ...]:
+    """Layers of each of the rank's chunks."""
+    return layout.stage_layers[work.pp_rank :: layout.pp_size]
 
 
 def _recomputes_attention(config: Config) -> float:
@@ -220,12 +227,16 @@ def _data_parallel_s(
 
 
 def _reference_s(
-    works: list[RankWork], rows: Rows, layout: Layout, clock: _Clock
+    works: list[RankWork], rows: Rows, layout: Layout, clock: _Clock, kernels_s: float
 ) -> tuple[float, float]:
-    """(sweep before training, a resident reference in each step)."""
+    """(sweep before training, a resident reference in each step).
+
+    `kernels_s`: forward of attention and operator for a training row, on the rank with most.
+    """
     if rows.sweep is None:
         return 0.0, 0.0
     row_s = max(clock.seconds(work.sweep) for work in works)
+    row_s += kernels_s * len(rows.sweep.tokens) / rows.row_tokens
     if rows.sweep_tokens == 0:
         scale = rows.row_tokens / len(rows.sweep.tokens)
         return 0.0, row_s * scale * (rows.micro_batches + layout.pp_size - 1)

@@ -31,14 +31,13 @@ def make_words() -> list[str]:
     return text.split()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A Llama of 52 million parameters without weights, its tokenizer, and pairs."""
-    folder = tmp_path_factory.mktemp("llama-52m")
+def make_model(folder, width: int):
+    """A Llama of 52 (width 512) or 119 million parameters (768), a tokenizer, and pairs."""
     LlamaConfig(
-        architectures=["LlamaForCausalLM"], hidden_size=512, intermediate_size=1408,
-        num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, vocab_size=16384,
-        max_position_embeddings=1024, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], hidden_size=width, intermediate_size=width * 11 // 4,
+        num_hidden_layers=12, num_attention_heads=width // 64, num_key_value_heads=4,
+        head_dim=64, vocab_size=32 * width, max_position_embeddings=1024,
+        tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     make_tokenizer().save_pretrained(folder)
     words = make_words()
@@ -51,21 +50,25 @@ def model(tmp_path_factory):
         for i in range(64)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.mark.parametrize(
-    "nproc, overrides",
+    "width, nproc, overrides",
     [
-        (1, ["policy.precision=float32"]),
-        (1, ["policy.precision=float32", "reference.mode=resident",
-             "policy.megatron_cfg.activation_checkpointing=true"]),
-        (2, ["policy.precision=bfloat16", "policy.megatron_cfg.pipeline_model_parallel_size=2"]),
+        (512, 1, ["policy.precision=float32"]),
+        (512, 1, ["policy.precision=float32", "reference.mode=resident",
+                  "policy.megatron_cfg.activation_checkpointing=true"]),
+        (768, 2, ["policy.precision=float32",
+                  "policy.megatron_cfg.pipeline_model_parallel_size=2"]),
+        (768, 1, ["policy.precision=bfloat16"]),
     ],
-    ids=["float32", "resident-recompute", "bfloat16-pp2"],
+    ids=["float32", "resident-recompute", "pp2", "bfloat16"],
 )  # fmt: skip
-def test_cpu_peak_is_within_a_tenth(model, tmp_path, nproc, overrides):
+def test_cpu_peak_is_within_a_tenth(tmp_path, width, nproc, overrides):
     """Resident memory of a real run over what it held before there was a model."""
+    model = tmp_path / "model"
+    model.mkdir()
+    make_model(model, width)
     run = run_train(
         [f"policy.model_name={model}", "policy.load_weights=false", "data.dataset_name=auto",
          f"data.train_data_path={model / 'pairs.jsonl'}", "data.val_data_path=null",
