@@ -265,10 +265,10 @@ def compare(arguments: argparse.Namespace) -> int:
             "--gpus, --gpus-per-node, --search, --price or key=value beside it"
         )
     run = open_run(arguments.compare)
-    device = find_device(arguments.gpu or run.device, given_rates(arguments))
-    if device.is_gpu != (run.device != "cpu"):
+    device = find_device(arguments.gpu or run.card, given_rates(arguments))
+    if device.is_gpu != (run.card != "cpu"):
         raise ConfigError(
-            f"--gpu={arguments.gpu}, but {arguments.compare} ran on {run.device}; leave --gpu out, "
+            f"--gpu={arguments.gpu}, but {arguments.compare} ran on {run.card}; leave --gpu out, "
             "or name that card"
         )
     from reinforcer_tp.plan import show

@@ -30,7 +30,7 @@ class FinishedRun:
     config: Config
     world_size: int
     per_node: int  # processes on a node
-    device: str  # its name, or cpu
+    card: str  # its name, or cpu
     measured: Measured
 
 
@@ -56,7 +56,7 @@ def open_run(folder: Path) -> FinishedRun:
         config=load_config(str(folder / "config.yaml"), []),
         world_size=sizes[0],
         per_node=sizes[0] // sizes[1],
-        device="cpu" if devices[0].startswith("cpu") else devices[0],
+        card=devices[0].partition(" (")[0],  # environment.py: "cpu (2 cores, ...)"
         measured=_measured(folder / "metrics.jsonl"),
     )
 
