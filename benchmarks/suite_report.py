@@ -8,10 +8,9 @@ import subprocess
 import torch
 
 from benchmarks.measure import machine
-from benchmarks.suite_targets import shown
+from benchmarks.suite_targets import GIB, shown
 from reinforcer_tp.environment import environment_info, package_versions
 
-GIB = 2**30
 RIVAL_PACKAGES = ("liger-kernel", "cut-cross-entropy")
 # (key of the DPO run's summary, what the table calls it, format)
 DPO_ROWS = (

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from reinforcer_tp.batches import num_steps
-from reinforcer_tp.config import Config, ConfigError
+from reinforcer_tp.config import Config, ConfigError, DataConfig
 from reinforcer_tp.data.micro_batches import check_pairs_fit, check_token_ids
 from reinforcer_tp.data.prepare import PreparedData, TokenizedSet, prepare_data
 from reinforcer_tp.data.tokenizer import load_tokenizer, tokenizer_digests
-from reinforcer_tp.embedded import ensure_embedded
+from reinforcer_tp.embedded import EmbeddedPaths, ensure_embedded
 from reinforcer_tp.hf_files import (
     ModelFiles,
     check_same_vocabulary,
@@ -70,12 +70,7 @@ def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
     if "embedded" in (policy.model_name, reference_name, data_section.dataset_name):
         embedded = ensure_embedded()
     if data_section.dataset_name == "embedded":
-        data_section = dataclasses.replace(
-            data_section,
-            dataset_name="auto",
-            train_data_path=embedded.train,
-            val_data_path=embedded.validation,
-        )
+        data_section = with_embedded_paths(data_section, embedded)
     files = open_model(config, policy.model_name, embedded)
     reference_files = None
     if reference_name not in (None, policy.model_name):
@@ -119,6 +114,16 @@ def open_inputs(config: Config, *, holds_run: bool) -> Inputs:
         resume_points=tuple(points),
         passed_over=tuple(map(str, errors)),
         finished_step=finished_step,
+    )
+
+
+def with_embedded_paths(section: DataConfig, embedded: EmbeddedPaths) -> DataConfig:
+    """The section `data` that says `embedded`, as one that names the files."""
+    return dataclasses.replace(
+        section,
+        dataset_name="auto",
+        train_data_path=embedded.train,
+        val_data_path=embedded.validation,
     )
 
 

@@ -26,7 +26,7 @@ from reinforcer_tp.first_step import (
     describe_first_step,
     sweep_alone,
 )
-from reinforcer_tp.flops import pair_cost, peak_tflops
+from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.health import SUMS as HEALTH_SUMS
 from reinforcer_tp.health import HealthWatch, health_metrics, health_sums
 from reinforcer_tp.lifecycle.stops import Reason, Stopped, Stops
@@ -55,6 +55,7 @@ from reinforcer_tp.nonfinite import (
     look_at_loss,
     loss_scale_trouble,
 )
+from reinforcer_tp.peak_rates import peak_tflops
 from reinforcer_tp.throughput import Throughput, step_rates
 
 # What dpo_loss sums over pairs, reported as means; their number; what health_sums counts.

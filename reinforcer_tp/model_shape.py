@@ -26,12 +26,17 @@ SHAPE_KEYS = (
 
 
 def find_model_shape(
-    model_name: str, models_dir: str | Path, *, timeout_s: float = 5.0
+    model_name: str,
+    models_dir: str | Path,
+    *,
+    timeout_s: float = 5.0,
+    shipped_first: bool = False,
 ) -> tuple[dict, str]:
     """The Hugging Face config.json of a model, and in words where it came from.
 
     Looks in the local folder `model_name`, in the hub's cache, at the hub (at most `timeout_s`
-    seconds), and last in `models_dir`/<id with / written as -->.json. Raises ConfigError when all
+    seconds), and last in `models_dir`/<id with / written as -->.json; `shipped_first`: there before
+    anything is asked of the hub. Raises ConfigError when all
     of them fail. Not for the word `embedded`: pass the folder that stands for it.
     """
     folder = Path(model_name).expanduser()
@@ -42,10 +47,12 @@ def find_model_shape(
         f"policy.model_name={model_name}: there is no such folder; expected a folder with a "
         f"config.json, a hub id (owner/name), or embedded",
     )
+    file = Path(models_dir) / f"{model_name.replace('/', '--')}.json"
+    if shipped_first and file.is_file():
+        return _read_shape(file, model_name), f"{file}"
     shape, answer = _ask_hub(model_name, timeout_s)
     if shape is not None:
         return shape, answer
-    file = Path(models_dir) / f"{model_name.replace('/', '--')}.json"
     require(
         file.is_file(),
         f"policy.model_name={model_name}: no such folder, {answer}, and there is no {file}; "

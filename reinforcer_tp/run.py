@@ -96,9 +96,8 @@ def _open_logs(
     for damage in inputs.passed_over:
         progress.message(f"warning: {damage}")
     settings = dataclasses.asdict(config)
-    with (
-        deaf_children()
-    ):  # a tracker's own process has metrics to send when the ranks are signalled
+    # A tracker's own process has metrics to send when the ranks are signalled.
+    with deaf_children():
         return open_loggers(config.logger, config.logger.log_dir, settings, inputs.start_step)
 
 

@@ -2,10 +2,10 @@
 
     python -m reinforcer_tp.plan --config configs/dpo_llama70b.yaml --gpus 64 --gpu h100 [key=value]
     python -m reinforcer_tp.plan --config configs/dpo_llama70b.yaml --gpus 64 --gpu h100 --search
-    python -m reinforcer_tp.plan --compare logs/dpo --gpu h100
+    python -m reinforcer_tp.plan --compare logs/dpo
 
 Builds the configured model on a fake process group with tensors that have no data, one rank of
-each pipeline stage, and takes a step. Needs neither a GPU nor weights, and no hub for the models
+each kind of stage, and takes a step. Needs neither a GPU nor weights, and no hub for the models
 whose shapes lie in configs/models. Exit status: 0 it fits, 1 it does not, 65 data or model files,
 78 configuration, 130 interrupted.
 """
@@ -116,15 +116,15 @@ def plan(arguments: argparse.Namespace) -> int:
     planned = make_plan(config, subject)
     fix = None if planned.fits else cheapest_fix(config, subject)
     if arguments.json:
-        say_json(show.as_json(planned, subject, arguments.price) | {"fix": fix})
+        say_json(show.as_json(planned, arguments.price) | {"fix": fix})
         return 0 if planned.fits else _EXIT_TOO_BIG
-    for line in show.headline(planned, subject):
+    for line in show.headline(planned):
         print(line)
     print(f"\nGiB of one rank\n{show.memory_table(planned)}\n\n{show.time_table(planned)}\n")
-    for line in show.run_lines(planned, subject, arguments.price):
+    for line in show.run_lines(planned, arguments.price):
         print(line)
     print("\nassumed:")
-    for line in show.assumptions(planned, subject):
+    for line in show.assumptions(planned):
         print(f"  - {line}")
     if fix is not None:
         print(f"\n{fix}")
@@ -230,7 +230,7 @@ def show_search(
     for candidate in fitting:
         planned = make_plan(changed(config, candidate.overrides), subject)
         if planned.fits:
-            print("the quickest, every stage built:", *show.headline(planned, subject), sep="\n  ")
+            print("the quickest, every stage built:", *show.headline(planned), sep="\n  ")
             print(f"to take it: {show.changes_text(candidate.overrides) or '(as configured)'}")
             return 0
     return _EXIT_TOO_BIG
@@ -276,12 +276,12 @@ def compare(arguments: argparse.Namespace) -> int:
 
     subject = open_subject(run.config, arguments, device, run.world_size, run.per_node)
     planned = make_plan(run.config, subject)
-    found = comparison(show.as_json(planned, subject), run.measured)
+    found = comparison(planned, run.measured)
     if arguments.json:
         say_json(found)
         return 0
-    print(*show.headline(planned, subject), *comparison_lines(found), sep="\n")
-    print("\nassumed:", *(f"  - {line}" for line in show.assumptions(planned, subject)), sep="\n")
+    print(*show.headline(planned), *comparison_lines(found), sep="\n")
+    print("\nassumed:", *(f"  - {line}" for line in show.assumptions(planned)), sep="\n")
     return 0
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcer_tp.config import Config, ConfigError, load_config
 from reinforcer_tp.strict_json import parse_json
 from reinforcer_tp.untrusted import read_json
+
+if TYPE_CHECKING:
+    from reinforcer_tp.plan.estimate import Plan
 
 _LINE_BYTES = 2**20
 
@@ -88,13 +91,10 @@ def _measured(path: Path) -> Measured:
     )
 
 
-def comparison(predicted: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def comparison(plan: Plan, measured: Measured) -> dict[str, Any]:
     """{"predicted", "measured", "ratio"}, each with step_s and peak_gib."""
     found = {"step_s": measured.step_s, "peak_gib": measured.peak_gib}
-    planned = {
-        "step_s": predicted["time"]["step_s"],
-        "peak_gib": predicted["stages"][0]["held_gib"],
-    }
+    planned = {"step_s": plan.time.step_s, "peak_gib": plan.held_gib(0)}
     return {
         "predicted": planned,
         "measured": found,

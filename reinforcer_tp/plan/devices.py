@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from reinforcer_tp.config_check import ConfigError
+from reinforcer_tp.peak_rates import peak_tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,41 +24,27 @@ class Device:
     network_gb_s: float = 50.0  # to a card of another node; one 400 Gb/s adapter each
     is_gpu: bool = True
 
+    def rate(self, precision: str) -> float:
+        """TFLOP/s in `policy.precision`."""
+        return self.tflops_float32 if precision == "float32" else self.tflops
+
+
+def _gpu(name: str, memory_gib: float, **rates: float) -> Device:
+    half, single = (peak_tflops(name, precision) for precision in ("bfloat16", "float32"))
+    assert half is not None and single is not None, name
+    return Device(name=name, tflops=half, tflops_float32=single, memory_gib=memory_gib, **rates)
+
 
 # Datasheets: nvidia.com/en-us/data-center/{a100,h100,h200,hgx,l40s}; memory as nvidia-smi shows it.
 _KNOWN = {
-    "a100": Device(
-        name="A100 SXM 80GB", tflops=312, tflops_float32=19.5, memory_gib=79.2, memory_gb_s=2039,
-        link_gb_s=300, network_gb_s=25,
-    ),
-    "a100-40gb": Device(
-        name="A100 SXM 40GB", tflops=312, tflops_float32=19.5, memory_gib=39.4, memory_gb_s=1555,
-        link_gb_s=300, network_gb_s=25,
-    ),
-    "h100": Device(
-        name="H100 SXM 80GB", tflops=989, tflops_float32=67, memory_gib=79.2, memory_gb_s=3350,
-        link_gb_s=450,
-    ),
-    "h100-pcie": Device(
-        name="H100 PCIe 80GB", tflops=756, tflops_float32=51, memory_gib=79.2, memory_gb_s=2000,
-        link_gb_s=64,
-    ),
-    "h200": Device(
-        name="H200 SXM 141GB", tflops=989, tflops_float32=67, memory_gib=139.8, memory_gb_s=4800,
-        link_gb_s=450,
-    ),
-    "b200": Device(
-        name="B200 180GB", tflops=2250, tflops_float32=75, memory_gib=178.0, memory_gb_s=7700,
-        link_gb_s=900,
-    ),
-    "l40s": Device(
-        name="L40S 48GB", tflops=362, tflops_float32=91.6, memory_gib=44.5, memory_gb_s=864,
-        link_gb_s=32, network_gb_s=25,
-    ),
-    "rtx4090": Device(
-        name="RTX 4090 24GB", tflops=165, tflops_float32=82.6, memory_gib=23.5, memory_gb_s=1008,
-        link_gb_s=32, network_gb_s=12.5,
-    ),
+    "a100": _gpu("A100 SXM 80GB", 79.2, memory_gb_s=2039, link_gb_s=300, network_gb_s=25),
+    "a100-40gb": _gpu("A100 SXM 40GB", 39.4, memory_gb_s=1555, link_gb_s=300, network_gb_s=25),
+    "h100": _gpu("H100 SXM 80GB", 79.2, memory_gb_s=3350, link_gb_s=450),
+    "h100-pcie": _gpu("H100 PCIe 80GB", 79.2, memory_gb_s=2000, link_gb_s=64),
+    "h200": _gpu("H200 SXM 141GB", 139.8, memory_gb_s=4800, link_gb_s=450),
+    "b200": _gpu("B200 180GB", 178.0, memory_gb_s=7700, link_gb_s=900),
+    "l40s": _gpu("L40S 48GB", 44.5, memory_gb_s=864, link_gb_s=32, network_gb_s=25),
+    "rtx4090": _gpu("RTX 4090 24GB", 23.5, memory_gb_s=1008, link_gb_s=32, network_gb_s=12.5),
     # Rates of two cores of a server; --tflops and the others say what yours are.
     "cpu": Device(
         name="CPU", tflops=0.2, tflops_float32=0.1, memory_gib=16, memory_gb_s=15, link_gb_s=5,

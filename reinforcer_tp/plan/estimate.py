@@ -18,7 +18,6 @@ from reinforcer_tp.plan.memory import GIB, SWEEP, RankMemory, rank_memory
 from reinforcer_tp.plan.probe import RankWork, probe_rank
 from reinforcer_tp.plan.rows import Assumed, Rows, read_pairs, rows_of
 from reinforcer_tp.plan.timing import Efficiency, StepTime, step_time
-from reinforcer_tp.untrusted import read_json
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -46,6 +45,7 @@ class Subject:
 
     @property
     def limit_gib(self) -> float:
+        """Of a card, less the headroom."""
         return self.device.memory_gib * (1 - self.headroom)
 
 
@@ -54,13 +54,12 @@ class Plan:
     """The answer for one layout."""
 
     config: Config
+    subject: Subject
     layout: Layout
     rows: Rows
-    works: list[RankWork]
-    memories: list[RankMemory]  # by pipeline rank
+    works: list[RankWork]  # by pipeline rank
+    memories: list[RankMemory]  # likewise
     time: StepTime
-    limit_gib: float  # of a card, less the headroom
-    is_gpu: bool
 
     @property
     def peak_gib(self) -> float:
@@ -70,14 +69,14 @@ class Plan:
     def rank_peak_gib(self, rank: int) -> float:
         """What a rank takes of its card, or of the host over what it held without a model."""
         memory = self.memories[rank]
-        if not self.is_gpu:
+        if not self.subject.device.is_gpu:
             return self.host_gib(memory)
         return memory.peak / GIB * (1 + GAPS) + CONTEXT_GIB
 
     def held_gib(self, rank: int) -> float:
         """What the run's `memory/peak_gib` should read: tensors, since training began."""
         memory = self.memories[rank]
-        if not self.is_gpu:
+        if not self.subject.device.is_gpu:
             return self.host_gib(memory)
         return max(n for name, n in memory.moments.items() if name != SWEEP) / GIB
 
@@ -88,7 +87,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak_gib <= self.limit_gib
+        return self.peak_gib <= self.subject.limit_gib
 
     @property
     def run_s(self) -> float:
@@ -109,7 +108,7 @@ def open_subject(
     name = config.policy.model_name
     if name == "embedded":
         name = ensure_embedded().model
-    fields, source = _shape(name)
+    fields, source = find_model_shape(name, MODELS, shipped_first=True)
     validate_model(config, fields)
     hf_config = config_of(fields, Path(source))
     pairs, pairs_source = read_pairs(config, assumed)
@@ -127,28 +126,22 @@ def open_subject(
     )
 
 
-def _shape(name: str) -> tuple[dict[str, Any], str]:
-    """A folder's, else the one that ships, so that nothing waits for the hub, else the hub's."""
-    shipped = MODELS / f"{name.replace('/', '--')}.json"
-    if shipped.is_file() and not Path(name).expanduser().is_dir():
-        return read_json(shipped), str(shipped)
-    return find_model_shape(name, MODELS)
-
-
 def make_plan(config: Config, subject: Subject) -> Plan:
     """Builds a rank of every pipeline stage and takes a step. Raises ConfigError, ValueError."""
     config.validate(subject.world_size, subject.gpus_per_node)
     check_layout(config, subject)
     shape = subject.shape
     layout = layout_of(config, shape.num_layers, subject.world_size, subject.gpus_per_node)
-    rows = rows_of(config, shape, layout, subject.pairs, subject.pairs_source)
+    rows = rows_of(config, shape, layout, subject.pairs)
     built: dict[tuple, RankWork] = {}  # stages with as many layers that are no end do the same
     works = []
     for rank in range(layout.pp_size):
-        layers = layout.stage_layers[rank :: layout.pp_size]
-        key = (layers, rank == 0, rank == layout.pp_size - 1)
+        key = (layout.chunk_layers(rank), rank == 0, rank == layout.pp_size - 1)
         if key not in built:
-            built[key] = _probe(config, subject, layout, rank, rows)
+            batches = (rows.longest, rows.sweep)
+            built[key] = probe_rank(
+                config, subject.hf_config, layout, rank, *batches, on_gpu=subject.device.is_gpu
+            )
         works.append(dataclasses.replace(built[key], pp_rank=rank))
     return assemble(config, subject, layout, rows, works)
 
@@ -156,23 +149,14 @@ def make_plan(config: Config, subject: Subject) -> Plan:
 def assemble(
     config: Config, subject: Subject, layout: Layout, rows: Rows, works: list[RankWork]
 ) -> Plan:
-    device = subject.device
     return Plan(
         config=config,
+        subject=subject,
         layout=layout,
         rows=rows,
         works=works,
         memories=[rank_memory(work, layout, rows.most_micro_batches) for work in works],
-        time=step_time(
-            works,
-            rows,
-            layout,
-            device,
-            subject.efficiency,
-            config=config,
-        ),
-        limit_gib=subject.limit_gib,
-        is_gpu=device.is_gpu,
+        time=step_time(works, rows, layout, subject.device, subject.efficiency, config=config),
     )
 
 
@@ -186,21 +170,3 @@ def check_layout(config: Config, subject: Subject) -> None:
             f"policy.megatron_cfg.tensor_model_parallel_size={tp} spans nodes of {node} GPUs: "
             f"every layer would wait for the network; use at most {node}, or --gpus-per-node"
         )
-
-
-def plannable(config: Config) -> Config:
-    """What can be built here: local layers in place of Transformer Engine's, 16 bits of FP8."""
-    policy = dataclasses.replace(config.policy, layer_spec="local", fp8=None)
-    return dataclasses.replace(config, policy=policy)
-
-
-def _probe(config: Config, subject: Subject, layout: Layout, rank: int, rows: Rows) -> RankWork:
-    return probe_rank(
-        plannable(config),
-        subject.hf_config,
-        layout,
-        rank,
-        rows.longest,
-        rows.sweep,
-        on_gpu=subject.device.is_gpu,
-    )

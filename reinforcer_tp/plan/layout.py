@@ -25,6 +25,10 @@ class Layout:
     def micro_batch_multiple(self) -> int:
         return self.pp_size if self.vpp_size > 1 else 1
 
+    def chunk_layers(self, pp_rank: int) -> tuple[int, ...]:
+        """Layers of each chunk of a pipeline rank."""
+        return self.stage_layers[pp_rank :: self.pp_size]
+
     def text(self) -> str:
         virtual = f" vpp={self.vpp_size}" if self.vpp_size > 1 else ""
         return f"tp={self.tp_size} pp={self.pp_size}{virtual} dp={self.dp_size}"

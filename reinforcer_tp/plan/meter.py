@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _BLOCK = 512  # bytes; CUDA's caching allocator rounds up to it
-# (FLOPs are asked of the table by packet; attention's are known to the caller alone: it depends on
-# where segments begin)
+# Their FLOPs are known to the caller alone: they depend on where segments begin.
 _ATTENTION = ("_varlen_attn", "_scaled_dot_product")
 _FREE = ("empty", "new_empty", *_ATTENTION)  # moves nothing, or counts elsewhere
 

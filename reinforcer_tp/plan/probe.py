@@ -7,6 +7,7 @@ takes micro-batches is pipeline.py's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from reinforcer_tp.mcore.fake_cluster import fake_rank
 from reinforcer_tp.mcore.model import PolicyModel, build_model
 from reinforcer_tp.mcore.optim import Training, build_training, gather_weights, optimizer_step
 from reinforcer_tp.mcore.schedule import Stage, open_stage
+from reinforcer_tp.mcore.topology import Topology
 from reinforcer_tp.plan.layout import Layout
 from reinforcer_tp.plan.meter import Meter, Work
 
@@ -56,6 +58,20 @@ class RankWork:
     gather: Work  # of weights, once a step
 
 
+def fake_stage(
+    layout: Layout, pp_rank: int, *, on_gpu: bool
+) -> contextlib.AbstractContextManager[Topology]:
+    """The first rank of a pipeline stage, on a fake cluster."""
+    return fake_rank(
+        rank=pp_rank * layout.tp_size * layout.dp_size,
+        world_size=layout.world_size,
+        tp_size=layout.tp_size,
+        pp_size=layout.pp_size,
+        vpp_size=layout.vpp_size,
+        on_gpu=on_gpu,
+    )
+
+
 def probe_rank(
     config: Config,
     hf_config: Any,
@@ -66,28 +82,20 @@ def probe_rank(
     *,
     on_gpu: bool,
 ) -> RankWork:
-    """Builds the rank's part of the model and takes one step; `batch` is on the host."""
-    with (
-        fake_rank(
-            rank=pp_rank * layout.tp_size * layout.dp_size,
-            world_size=layout.world_size,
-            tp_size=layout.tp_size,
-            pp_size=layout.pp_size,
-            vpp_size=layout.vpp_size,
-            on_gpu=on_gpu,
-        ) as topology,
-        Meter() as meter,
-    ):
-        policy = config.policy
+    """Builds the rank's part of the model and takes one step; `batch` is on the host.
+
+    Transformer Engine's layers are planned as local ones, and FP8 as 16 bits: they are not here.
+    """
+    policy = dataclasses.replace(config.policy, layer_spec="local", fp8=None)
+    with fake_stage(layout, pp_rank, on_gpu=on_gpu) as topology, Meter() as meter:
         with meter.measure() as building:
             model = build_model(hf_config, policy, topology)
         stage = open_stage(model, policy, topology)
         with meter.measure() as sweep, torch.no_grad():
-            for chunk in model.chunks:
-                if sweep_batch is not None:
-                    chunk.eval()
-                    _forward(stage, chunk, sweep_batch)
-                    chunk.train()
+            for chunk in model.chunks if sweep_batch is not None else ():
+                chunk.eval()
+                _forward(stage, chunk, sweep_batch)
+                chunk.train()
         with meter.measure() as wrapping:
             training = build_training(model, policy, topology, total_steps=10)
         gradient_bytes = sum(b.grad_data.nbytes for d in training.ddp for b in d.buffers)
@@ -97,14 +105,12 @@ def probe_rank(
                 _forward(stage, chunk, batch)
         with meter.measure() as moments:
             optimizer_step(training)
-        chunks = tuple(
-            _chunk_work(meter, stage, config, index, batch) for index in range(len(stage.modules))
-        )
+        chunks = tuple(_chunk_work(meter, stage, config, module, batch) for module in stage.modules)
         reduce, optimizer, gather = _once_a_step(meter, training, model)
         resident = config.reference_mode == "resident"
         return RankWork(
             pp_rank=pp_rank,
-            num_layers=sum(layout.stage_layers[pp_rank :: layout.pp_size]),
+            num_layers=sum(layout.chunk_layers(pp_rank)),
             num_parameters=sum(p.numel() for _, p in model.named_parameters()),
             parameter_bytes=sum(p.nbytes for _, p in model.named_parameters()),
             gradient_bytes=gradient_bytes,
@@ -144,9 +150,8 @@ def _message(stage: Stage, batch: PackedBatch) -> Tensor:
 
 
 def _chunk_work(
-    meter: Meter, stage: Stage, config: Config, index: int, batch: PackedBatch
+    meter: Meter, stage: Stage, config: Config, module: torch.nn.Module, batch: PackedBatch
 ) -> ChunkWork:
-    module = stage.modules[index]
     head_forward = head_backward = None
     with module.no_sync():
         with meter.measure() as forward:

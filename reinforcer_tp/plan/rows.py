@@ -21,6 +21,7 @@ from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.embedded import ensure_embedded
 from reinforcer_tp.flops import pair_cost
+from reinforcer_tp.inputs import with_embedded_paths
 from reinforcer_tp.mcore.shape import ModelShape
 from reinforcer_tp.plan.layout import Layout
 from reinforcer_tp.reference.sweep import sweep_batching
@@ -42,7 +43,6 @@ class Assumed:
 class Rows:
     """What a step packs, over the steps looked at."""
 
-    source: str  # where the lengths come from, for the reader
     total_steps: int
     micro_batches: float  # of each data-parallel rank in a step, mean
     most_micro_batches: int
@@ -65,8 +65,7 @@ def read_pairs(config: Config, assumed: Assumed) -> tuple[TokenizedSet, str]:
 
         data, name = config.data, config.policy.tokenizer.name or config.policy.model_name
         if data.dataset_name == "embedded":
-            paths = ensure_embedded()
-            data = dataclasses.replace(data, dataset_name="auto", train_data_path=paths.train)
+            data = with_embedded_paths(data, ensure_embedded())
         if name == "embedded":
             name = ensure_embedded().model
         tokenizer = load_tokenizer(name, config.policy.tokenizer.chat_template)
@@ -123,9 +122,7 @@ def _apart(lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return tokens
 
 
-def rows_of(
-    config: Config, shape: ModelShape, layout: Layout, pairs: TokenizedSet, source: str
-) -> Rows:
+def rows_of(config: Config, shape: ModelShape, layout: Layout, pairs: TokenizedSet) -> Rows:
     """Packs the first steps as the trainer does. Raises ValueError where a pair does not fit."""
     check_pairs_fit(pairs, config.policy.micro_batch_tokens, config.data.share)
     cut: MicroBatching = micro_batching(config, shape, layout)  # type: ignore[arg-type]
@@ -141,15 +138,13 @@ def rows_of(
         slots.append(sum(map(sum, row_lengths)) / cut.dp_size)
         tokens.append(packed_lengths(lengths[rows], shared).sum())
         flops.append(sum(pair_costs(lengths[rows], shared, cost)))
-        no_attention = dataclasses.replace(cost, visible_key=0.0)
-        attention.append(flops[-1] - sum(pair_costs(lengths[rows], shared, no_attention)))
         head.append(cost.response_token * lengths[rows][:, 1:].sum())
+        attention.append(flops[-1] - cost.token * tokens[-1] - head[-1])  # the rest of pair_costs
         for members, width in _all_rows(plan, row_lengths):
             responses = int(lengths[rows[members]][:, 1:].sum())
             longest = max(longest, (width, responses, rows[members].tolist()))
     sweep, sweep_tokens = _sweep_row(config, pairs, cut, total_steps)
     return Rows(
-        source=source,
         total_steps=total_steps,
         micro_batches=float(np.mean(counts)),
         most_micro_batches=max(counts),
@@ -158,7 +153,9 @@ def rows_of(
         step_flops=float(np.mean(flops)),
         attention_share=float(np.sum(attention) / np.sum(flops)),
         head_share=float(np.sum(head) / np.sum(flops)),
-        longest=_row(pairs, longest[2], cut, longest[0], with_reference=_reads(config)),
+        longest=_row(
+            pairs, longest[2], cut, longest[0], with_reference=config.reference_mode != "none"
+        ),
         sweep=sweep,
         sweep_tokens=sweep_tokens,
     )
@@ -167,10 +164,6 @@ def rows_of(
 def _all_rows(plan: list, row_lengths: list) -> Any:
     for rank, widths in zip(plan, row_lengths, strict=True):
         yield from zip(rank, widths, strict=True)
-
-
-def _reads(config: Config) -> bool:
-    return config.reference_mode != "none"
 
 
 def _row(

@@ -17,7 +17,7 @@ from reinforcer_tp.config import Config, ConfigError
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.pipeline_layout import even_layout
-from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout, plannable
+from reinforcer_tp.plan.estimate import Plan, Subject, assemble, check_layout
 from reinforcer_tp.plan.layout import Layout, layout_of
 from reinforcer_tp.plan.memory import GIB
 from reinforcer_tp.plan.probe import RankWork, probe_rank
@@ -52,11 +52,6 @@ def search(config: Config, subject: Subject) -> Iterator[Candidate]:
     probes = Probes()
     for overrides in layouts(config, subject):
         yield _candidate(config, subject, overrides, probes)
-
-
-def quick_plan(config: Config, subject: Subject) -> Candidate:
-    """The configuration itself, looked at as a search does."""
-    return _candidate(config, subject, {}, Probes())
 
 
 def fixes(config: Config, subject: Subject) -> Iterator[Candidate]:
@@ -166,7 +161,7 @@ def _candidate(
             config, subject.shape.num_layers, subject.world_size, subject.gpus_per_node
         )
         _check_weights(config, subject, layout)
-        rows = rows_of(config, subject.shape, layout, subject.pairs, subject.pairs_source)
+        rows = rows_of(config, subject.shape, layout, subject.pairs)
         rows = dataclasses.replace(rows, longest=probes.row(config, subject, layout, rows))
         works = [
             rank_at_depth(config, subject, layout, rows, r, probes) for r in range(layout.pp_size)
@@ -181,8 +176,7 @@ def _check_weights(config: Config, subject: Subject, layout: Layout) -> None:
     shape, megatron = subject.shape, config.policy.megatron_cfg
     layer = pair_cost(shape).token / 6 / shape.num_layers
     weights = max(
-        sum(layout.stage_layers[rank :: layout.pp_size]) * layer / layout.tp_size
-        for rank in range(layout.pp_size)
+        sum(layout.chunk_layers(rank)) * layer / layout.tp_size for rank in range(layout.pp_size)
     )
     size = 4 if config.policy.precision == "float32" else 2
     states = 8 if size == 4 else 12  # moments, and masters in 16 bits
@@ -222,7 +216,7 @@ class Probes:
             hf_config = copy.deepcopy(subject.hf_config)
             hf_config.num_hidden_layers = depth * layout.pp_size
             self._works[key] = probe_rank(
-                plannable(even),
+                even,
                 hf_config,
                 plain,
                 rank,
@@ -243,7 +237,7 @@ def rank_at_depth(
         one, two = (probes.work(config, subject, layout, rows, role, d) for d in (1, 2))
         return _line(one, two, depth)
 
-    layers = layout.stage_layers[rank :: layout.pp_size]
+    layers = layout.chunk_layers(rank)
     whole = line(rank if rank in (0, last) else 1, sum(layers))
     chunks = []
     for index, depth in enumerate(layers):

@@ -18,7 +18,6 @@ from reinforcer_tp.plan.estimate import (
     HEAP,
     LIBRARIES_GIB,
     Plan,
-    Subject,
 )
 from reinforcer_tp.plan.memory import GIB
 from reinforcer_tp.plan.rows import STEPS
@@ -80,8 +79,8 @@ def time_table(plan: Plan) -> str:
     return _text(table)
 
 
-def headline(plan: Plan, subject: Subject) -> Iterator[str]:
-    device = subject.device
+def headline(plan: Plan) -> Iterator[str]:
+    subject, device = plan.subject, plan.subject.device
     yield (
         f"{plan.layout.text()} on {subject.world_size} x {device.name}, "
         f"{subject.gpus_per_node} on a node"
@@ -89,20 +88,20 @@ def headline(plan: Plan, subject: Subject) -> Iterator[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     where = "" if device.is_gpu else " over the resident size without a model"
     yield (
-        f"memory: {plan.peak_gib:.1f} GiB{where}, of {plan.limit_gib:.1f} "
+        f"memory: {plan.peak_gib:.1f} GiB{where}, of {subject.limit_gib:.1f} "
         f"({device.memory_gib:g} less {subject.headroom:.0%} headroom): {verdict}"
     )
 
 
-def run_lines(plan: Plan, subject: Subject, price: float | None) -> Iterator[str]:
+def run_lines(plan: Plan, price: float | None) -> Iterator[str]:
     rows, hours = plan.rows, plan.run_s / 3600
-    per_device, mfu = rates(plan, subject)
+    per_device, mfu = rates(plan)
     yield (
         f"a step: {rows.step_flops / 1e15:,.3g} PFLOP for {rows.step_tokens:,.0f} tokens in "
         f"{rows.micro_batches:.1f} micro-batches a rank; {per_device:,.0f} TFLOP/s a device, "
         f"MFU {mfu:.1%}"
     )
-    gpu_hours = hours * subject.world_size
+    gpu_hours = hours * plan.layout.world_size
     cost = "" if price is None else f", {gpu_hours * price:,.0f} at {price:g} a GPU-hour"
     sweep = f", {plan.time.sweep_s / 60:.0f} min of it the reference's sweep"
     yield (
@@ -111,19 +110,17 @@ def run_lines(plan: Plan, subject: Subject, price: float | None) -> Iterator[str
     )
 
 
-def rates(plan: Plan, subject: Subject) -> tuple[float, float]:
+def rates(plan: Plan) -> tuple[float, float]:
     """(TFLOP/s of a device, MFU)."""
-    per_device = plan.rows.step_flops / plan.time.step_s / subject.world_size / 1e12
-    is_half = plan.config.policy.precision != "float32"
-    rate = subject.device.tflops if is_half else subject.device.tflops_float32
-    return per_device, per_device / rate
+    per_device = plan.rows.step_flops / plan.time.step_s / plan.layout.world_size / 1e12
+    return per_device, per_device / plan.subject.device.rate(plan.config.policy.precision)
 
 
-def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
-    device, shares = subject.device, subject.efficiency
-    rate = device.tflops if plan.config.policy.precision != "float32" else device.tflops_float32
+def assumptions(plan: Plan) -> Iterator[str]:
+    subject, device, shares = plan.subject, plan.subject.device, plan.subject.efficiency
+    rate = device.rate(plan.config.policy.precision)
     yield f"model shape: {subject.shape_source}"
-    yield f"tokens: {plan.rows.source}"
+    yield f"tokens: {subject.pairs_source}"
     yield (
         f"memory is that of the longest row of the first {STEPS} steps, "
         f"{len(plan.rows.longest.tokens):,} tokens with {len(plan.rows.longest.labels):,} response "
@@ -143,7 +140,7 @@ def assumptions(plan: Plan, subject: Subject) -> Iterator[str]:
             "keeps"
         )
         return
-    yield (f"launches: {shares.launch_s * 1e6:g} us of the host for an operator that is not hidden")
+    yield f"launches: {shares.launch_s * 1e6:g} us of the host for an operator that is not hidden"
     yield (
         f"card memory: besides what was counted {CONTEXT_GIB:g} GiB for CUDA and NCCL, and "
         f"{GAPS:.0%} that the allocator loses to gaps"
@@ -205,9 +202,9 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def as_json(plan: Plan, subject: Subject, price: float | None = None) -> dict[str, Any]:
-    gpu_hours = plan.run_s / 3600 * subject.world_size
-    tflops, mfu = rates(plan, subject)
+def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    gpu_hours = plan.run_s / 3600 * plan.layout.world_size
+    tflops, mfu = rates(plan)
     return {
         "layout": {
             "world_size": plan.layout.world_size,
@@ -217,7 +214,7 @@ def as_json(plan: Plan, subject: Subject, price: float | None = None) -> dict[st
             "data_parallel_size": plan.layout.dp_size,
         },
         "fits": plan.fits,
-        "limit_gib": plan.limit_gib,
+        "limit_gib": plan.subject.limit_gib,
         "peak_gib": plan.peak_gib,
         "stages": [
             {
@@ -247,7 +244,7 @@ def as_json(plan: Plan, subject: Subject, price: float | None = None) -> dict[st
         "mfu": mfu,
         "step_tokens": plan.rows.step_tokens,
         "micro_batches": plan.rows.micro_batches,
-        "assumptions": list(assumptions(plan, subject)),
+        "assumptions": list(assumptions(plan)),
     }
 
 

@@ -54,14 +54,14 @@ def step_time(
     config: Config,
 ) -> StepTime:
     """`works`: of every pipeline rank."""
-    clock = _Clock(device, efficiency, layout, config.policy.precision != "float32")
+    clock = _Clock(device, efficiency, layout, config.policy.precision)
     # Measured on the longest row; a step's rows are shorter where nothing pads them.
     scale = rows.row_tokens / len(rows.longest.tokens)
     per_layer = _attention_s(rows, layout, clock) / sum(layout.stage_layers)
     again = _recomputes_attention(config)
     parts, seconds = [], []
     for work in works:
-        mine = works_layers(layout, work)
+        mine = layout.chunk_layers(work.pp_rank)
         chunks = [
             _chunk_s(chunk, per_layer * layers, again, _head_s(rows, layout, clock), clock, scale)
             for chunk, layers in zip(work.chunks, mine, strict=True)
@@ -76,8 +76,8 @@ def step_time(
         _data_parallel_s(clock, work, chunks, config)
         for work, chunks in zip(works, seconds, strict=True)
     )
-    optimizer_s = max(clock.of_own(work.optimizer) for work in works)
-    kernels_s = per_layer * max(sum(works_layers(layout, work)) for work in works)
+    optimizer_s = max(clock.seconds(work.optimizer, but="collectives") for work in works)
+    kernels_s = per_layer * max(work.num_layers for work in works)
     kernels_s += _head_s(rows, layout, clock) / 4
     sweep_s, reference_s = _reference_s(works, rows, layout, clock, kernels_s)
     return StepTime(
@@ -94,11 +94,6 @@ def step_time(
         step_s=pipelined + data_s + optimizer_s + reference_s,
         sweep_s=sweep_s,
     )
-
-
-def works_layers(layout: Layout, work: RankWork) -> tuple[int, ...]:
-    """Layers of each of the rank's chunks."""
-    return layout.stage_layers[work.pp_rank :: layout.pp_size]
 
 
 def _recomputes_attention(config: Config) -> float:
@@ -146,9 +141,9 @@ def _between_counts(
 class _Clock:
     """Work -> seconds."""
 
-    def __init__(self, device: Device, efficiency: Efficiency, layout: Layout, is_half: bool):
+    def __init__(self, device: Device, efficiency: Efficiency, layout: Layout, precision: str):
         self.efficiency, self.layout, self.device = efficiency, layout, device
-        self.flops = (device.tflops if is_half else device.tflops_float32) * 1e12
+        self.flops = device.rate(precision) * 1e12
         self._memory = device.memory_gb_s * 1e9 * efficiency.memory
 
     def parts(self, work: Work, scale: float = 1.0) -> dict[str, float]:
@@ -161,16 +156,8 @@ class _Clock:
         )
         return {"matrices": matrices, "other": other, "collectives": collectives}
 
-    def seconds(self, work: Work) -> float:
-        return sum(self.parts(work).values())
-
-    def of_own(self, work: Work) -> float:
-        """Without collectives."""
-        parts = self.parts(work)
-        return parts["matrices"] + parts["other"]
-
-    def collectives(self, work: Work) -> float:
-        return self.parts(work)["collectives"]
+    def seconds(self, work: Work, but: str = "") -> float:
+        return sum(seconds for name, seconds in self.parts(work).items() if name != but)
 
     def rate(self, span: int, ranks_on_node: int = 1) -> float:
         """Bytes a second of a group that spans `span` ranks; each rank has its network adapter."""
@@ -222,7 +209,7 @@ def _data_parallel_s(
     section = config.policy.megatron_cfg.distributed_data_parallel_config
     hides_reduce = sum(backward for _, backward in chunks) if section.overlap_grad_reduce else 0.0
     hides_gather = sum(forward for forward, _ in chunks) if section.overlap_param_gather else 0.0
-    gather_s = clock.collectives(work.gather) + clock.collectives(work.optimizer)
+    gather_s = sum(clock.parts(each)["collectives"] for each in (work.gather, work.optimizer))
     return max(clock.seconds(work.reduce) - hides_reduce, 0.0) + max(gather_s - hides_gather, 0.0)
 
 

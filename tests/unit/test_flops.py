@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reinforcer_tp.data.packed_batch import build_packed_batch
 from reinforcer_tp.data.packing import PairCost, pair_costs
 from reinforcer_tp.data.tokenized import TokenizedPair
-from reinforcer_tp.flops import pair_cost, peak_tflops
+from reinforcer_tp.flops import pair_cost
 from reinforcer_tp.mcore.shape import model_shape
+from reinforcer_tp.peak_rates import peak_tflops
 
 
 def test_flops_are_those_of_the_model():

@@ -73,6 +73,7 @@ ALLOWED = {
         "reinforcer_tp.memory",
         "reinforcer_tp.metrics",
         "reinforcer_tp.nonfinite",
+        "reinforcer_tp.peak_rates",
         "reinforcer_tp.lifecycle.stops",
         "reinforcer_tp.throughput",
     ),

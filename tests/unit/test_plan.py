@@ -19,7 +19,7 @@ from reinforcer_tp.plan.devices import find_device
 from reinforcer_tp.plan.estimate import make_plan
 from reinforcer_tp.plan.layout import Layout, layout_of
 from reinforcer_tp.plan.rows import Assumed, assumed_pairs, rows_of
-from reinforcer_tp.plan.search import Probes, _candidate, changed, fixes, layouts, quick_plan
+from reinforcer_tp.plan.search import Probes, _candidate, changed, fixes, layouts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake rank needs no CUDA")
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_a_group_uses_the_adapters_of_all_its_ranks(tp, adapters):
         world_size=64, gpus_per_node=8, tp_size=tp, pp_size=1, vpp_size=1, dp_size=64 // tp,
         stage_layers=(1,),
     )  # fmt: skip
-    clock = timing._Clock(find_device("h100", NO_RATES), timing.Efficiency(), layout, True)
+    clock = timing._Clock(find_device("h100", NO_RATES), timing.Efficiency(), layout, "bfloat16")
     rate = 0.7 * min(450e9, adapters * 50e9)
     found = clock.collective_s("reduce_scatter_tensor_coalesced_", layout.dp_size, 1e9)
     assert found == pytest.approx(1e9 * (1 - tp / 64) / rate)
@@ -348,7 +348,7 @@ def test_configurations_that_ship_fit_their_cluster(path):
     world_size = world_size if config.cluster.gpus_per_node else 8
     config, subject = subject_of(str(path), world_size)
     assert subject.gpus_per_node == per_node
-    candidate = quick_plan(config, subject)
+    candidate = _candidate(config, subject, {}, Probes())
     assert candidate.plan is not None, candidate.refusal
     assert candidate.plan.fits, candidate.plan.peak_gib
 
@@ -373,7 +373,7 @@ def test_rows_of_the_users_own_lengths(small):
     _, subject = subject_of(small, 1)
     pair = TokenizedPair(prompt=[1] * 100, chosen=[2] * 50, rejected=[3] * 30)
     pairs = TokenizedSet.from_pairs([dataclasses.replace(pair, row=i) for i in range(4)])
-    rows = rows_of(config, subject.shape, layout_of(config, 4, 1, 1), pairs, "mine")
+    rows = rows_of(config, subject.shape, layout_of(config, 4, 1, 1), pairs)
     assert rows.step_tokens == 4 * 180 and rows.micro_batches == 1 and rows.row_tokens == 720
     layer = 512 * (2 * 512 + 2 * 256) + 3 * 512 * 1024
     visible = 150 * 151 / 2 + 130 * 131 / 2 - 100 * 101 / 2
@@ -391,7 +391,7 @@ def test_a_pair_that_fits_no_row_is_refused(small):
     _, subject = subject_of(small, 1)
     pairs = assumed_pairs(Assumed(num_pairs=100), 512)
     with pytest.raises(ValueError, match=r"policy\.micro_batch_tokens=300"):
-        rows_of(config, subject.shape, layout_of(config, 4, 1, 1), pairs, "assumed")
+        rows_of(config, subject.shape, layout_of(config, 4, 1, 1), pairs)
 
 
 def test_assumed_lengths_have_the_means_that_are_stated():

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from reinforcer_tp.config import load_config
 from reinforcer_tp.hf_files import config_of
 from reinforcer_tp.loop import loss_function
-from reinforcer_tp.mcore.fake_cluster import fake_rank
 from reinforcer_tp.mcore.model import build_model
 from reinforcer_tp.mcore.optim import build_training
 from reinforcer_tp.mcore.schedule import forward_backward, open_stage
@@ -23,7 +22,7 @@ from reinforcer_tp.plan.layout import layout_of
 from reinforcer_tp.plan.memory import rank_memory
 from reinforcer_tp.plan.meter import Meter
 from reinforcer_tp.plan.pipeline import duration_s, peak_held, units
-from reinforcer_tp.plan.probe import probe_rank
+from reinforcer_tp.plan.probe import fake_stage, probe_rank
 from reinforcer_tp.plan.rows import Assumed, assumed_pairs, rows_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake rank needs no CUDA")
@@ -50,7 +49,7 @@ def opened(hf_config, world_size, *overrides, pairs=None):
     shape = model_shape(hf_config)
     layout = layout_of(config, shape.num_layers, world_size, 8)
     lengths = Assumed(prompt_tokens=60, response_tokens=50, num_pairs=200)
-    rows = rows_of(config, shape, layout, assumed_pairs(lengths, 512), "assumed")
+    rows = rows_of(config, shape, layout, assumed_pairs(lengths, 512))
     return config, layout, rows
 
 
@@ -162,17 +161,7 @@ def test_peak_is_that_of_megatrons_schedule(world_size, options, num_micro_batch
 
 def measured_by_schedule(config, hf_config, layout, rank, rows, count) -> int:
     """Bytes over what the step began with, of Megatron's own forward and backward."""
-    with (
-        fake_rank(
-            rank=rank * layout.tp_size * layout.dp_size,
-            world_size=layout.world_size,
-            tp_size=layout.tp_size,
-            pp_size=layout.pp_size,
-            vpp_size=layout.vpp_size,
-            on_gpu=True,
-        ) as topology,
-        Meter() as meter,
-    ):
+    with fake_stage(layout, rank, on_gpu=True) as topology, Meter() as meter:
         model = build_model(hf_config, config.policy, topology)
         training = build_training(model, config.policy, topology, total_steps=10)
         stage = open_stage(model, config.policy, topology)
