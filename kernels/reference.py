@@ -24,6 +24,7 @@ UNIT = math.log(2)  # logits and their statistics are in bits
 # Largest temporary of the operator. Big enough for efficient GEMMs, small beside any model.
 SCRATCH_BYTES = 32 * 2**20
 MIN_CHUNK = 64  # columns; less starves the GEMM, and other than multiples of it slows it down
+LOWEST_BITS = -4096.0  # 2^ this is 0 in float64 too
 MAX_SUM = 2.0**64  # of a row's exponentials in one chunk; above it the row needs a higher anchor
 
 
@@ -44,18 +45,19 @@ def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_by
     total, weighted = torch.zeros_like(anchor), torch.zeros_like(anchor)
     dtype, kept = gradient_dtype(hidden, weight), []
     num_kept = _num_kept(cache_budget_bytes, anchor, dtype)
+    bits = logits.scratch.new_empty(logits.scratch.shape if head.with_entropy else 0)
     for begin, end in logits.borders(0):
         z = logits.without_label(begin, end, target)
         fits = bool((anchor > LOWEST).all())
         if fits:
-            part = logits.minus(z, anchor).exp2_().sum(1)
+            part = _exponentials(logits.minus(z, anchor), bits).sum(1)
             fits = bool((part < MAX_SUM).all())
             if not fits:
                 z = logits.without_label(begin, end, target)  # their exponentials took its place
         if not fits:  # the first chunk, or logits far above the earlier ones
             highest = z.amax(1).mul_(logits.scale).ceil_()
             lower, anchor = anchor, torch.maximum(anchor, highest)
-            part = logits.minus(z, anchor).exp2_().sum(1)
+            part = _exponentials(logits.minus(z, anchor), bits).sum(1)
             scale = (lower - anchor).exp2_()
             weighted = (weighted + total * (lower - anchor)) * scale
             total *= scale
@@ -63,13 +65,20 @@ def forward_statistics(hidden, weight, bias, labels, head: Head, cache_budget_by
                 chunk *= scale.to(dtype)[:, None]
         total += part
         if head.with_entropy:
-            weighted -= torch.special.entr(z).sum(1) / UNIT
+            weighted += bits[: z.numel()].view(z.shape).mul_(z).sum(1)
         if begin < num_kept:
             if head.softcap is not None:
                 z *= _slope(z.log2().add_(anchor[:, None]), head.softcap)
             kept.append(z[:, : num_kept - begin].to(dtype, copy=True))
     stats = torch.stack([anchor, total, target, weighted][: 3 + head.with_entropy])
     return stats, Cache(anchor=anchor, chunks=kept) if kept else None
+
+
+def _exponentials(z: Tensor, bits: Tensor) -> Tensor:
+    """2^z in z's place; z itself goes to `bits` unless that is empty (a logarithm is slower)."""
+    if bits.numel():  # what gives 0 stays finite: the label's -inf times 0 would be NaN
+        torch.clamp(z, min=LOWEST_BITS, out=bits[: z.numel()].view(z.shape))
+    return z.exp2_()
 
 
 def dlogit_chunks(

@@ -77,21 +77,25 @@ class _Rope(torch.autograd.Function):
     """Rotates by the position's angle; backward rotates back, so only cos and sin are kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x: (T, H, E)
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        ctx.dtype = x.dtype
+        return _rotate(x, cos, sin, 1).to(dtype)  # (T, H, E)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
         # The halves of sin are equal, so the transpose of the rotation is the rotation by -angle.
-        return _rotate(grad, cos, -sin), None, None
+        return _rotate(grad, *ctx.saved_tensors, -1).to(ctx.dtype), None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos[:, None] + rotated * sin[:, None]).to(x.dtype)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x cos + (-second half, first half) sin, in float32. A pass over memory less an operation."""
+    half = x.shape[-1] // 2
+    x, sin = x.to(torch.promote_types(x.dtype, cos.dtype)), sin[:, None, :half]
+    out = x * cos[:, None]
+    out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return out
 
 
 class PackedAttention(torch.nn.Module):
@@ -119,15 +123,19 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedAttentionParams | None = None,
     ) -> Tensor:  # (T, 1, H * E)
         assert attention_mask is None and attention_bias is None, "masks come from the segments"
-        params = packed_seq_params
-        q = _Rope.apply(query.squeeze(1), params.cos, params.sin)
-        k = _Rope.apply(key.squeeze(1), params.cos, params.sin)
-        v = value.squeeze(1)
+        params, dtype = packed_seq_params, query.dtype
+        if params.segments is not None:
+            # Without the kernel half tensors cost time: their products round, and SDPA's backward
+            # is slower for them on a CPU. Rope makes float32 anyway.
+            dtype = torch.promote_types(dtype, torch.float32)
+        q = _Rope.apply(query.squeeze(1), params.cos, params.sin, dtype)
+        k = _Rope.apply(key.squeeze(1), params.cos, params.sin, dtype)
+        v = value.squeeze(1).to(dtype)
         if params.segments is None:
             out = _varlen_attention(q, k, v, params, self.softmax_scale)
         else:
             out = grouped_attention(q, k, v, params.segments, self.softmax_scale)
-        return out.reshape(out.shape[0], 1, -1)
+        return out.reshape(out.shape[0], 1, -1).to(query.dtype)
 
 
 def _varlen_attention(q, k, v, params: PackedAttentionParams, scale: float | None) -> Tensor:

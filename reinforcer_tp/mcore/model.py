@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from reinforcer_tp.fp8 import RECIPES
 from reinforcer_tp.mcore.attention import (
@@ -126,7 +127,37 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNormOnCpu.apply(x, self.weight, self.eps)
+
+
+class _RMSNormOnCpu(torch.autograd.Function):
+    """F.rms_norm, which on a CPU is a dozen operations that each keep a float32 copy of x.
+
+    y = x r w with r = (mean x^2 + eps)^-1/2, in float32 at least; x and r are kept.
+    dx = r (g w - x r mean(g w x r)), dw = sum over tokens of g x r
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x: (..., D)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x32 = x.to(wide)
+        r = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        r.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        normal = x * r  # in r's type
+        along = grad * normal
+        grad_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (along @ weight.to(r.dtype)).div_(-x.shape[-1])[..., None]
+        grad_x = along.copy_(grad).mul_(weight).addcmul_(normal, mean).mul_(r)
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def block_spec(kind: str, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
