@@ -6,6 +6,7 @@ python docs/config_table.py --check  exit status 1 where one of them is not
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -13,10 +14,13 @@ import types
 import typing
 from pathlib import Path
 
-from reinforcer_tp.config import Config
+from reinforcer_tp.config import Config, load_config
+from reinforcer_tp.config_keys import flatten
 
 _DOCS = Path(__file__).resolve().parent
 PAGE, README = _DOCS / "configuration.md", _DOCS.parent / "README.md"
+_DEMO = _DOCS.parent / "configs" / "dpo.yaml"  # what train.py takes without --config
+_COLUMNS = "| key | type | default | meaning |"
 BEGIN, END = "<!-- config keys: begin -->", "<!-- config keys: end -->"
 TITLES = {  # section -> what its keys decide, in the order of the page
     "dpo": "The loss, the length of the run, validation",
@@ -34,7 +38,8 @@ TITLES = {  # section -> what its keys decide, in the order of the page
 }
 FIRST_KEYS = (  # of the README
     *("policy.model_name", "data.dataset_name", "data.train_data_path", "data.val_data_path"),
-    *("logger.log_dir", "dpo.max_num_steps", "policy.megatron_cfg.optimizer.lr"),
+    *("logger.log_dir", "dpo.max_num_epochs", "dpo.max_num_steps"),
+    "policy.megatron_cfg.optimizer.lr",
     *("dpo.reference_policy_kl_penalty", "dpo.preference_loss", "dpo.sft_loss_weight"),
     *("policy.train_global_batch_size", "policy.micro_batch_tokens"),
     *("policy.max_total_sequence_length", "policy.precision"),
@@ -61,6 +66,7 @@ python reinforcer_tp/train.py --config configs/dpo.yaml --check dpo.seed=1
 """
 
 
+@functools.cache
 def rows(section: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of every key below `section`."""
     comments = field_comments(section)
@@ -116,11 +122,12 @@ def section_of(key: str) -> str:
     return max((name for name in TITLES if key.startswith(f"{name}.")), key=len)
 
 
-def table(found: list[tuple[str, str, str, str]]) -> str:
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+def table(head: str, found: list[tuple[str, ...]]) -> str:
+    """A Markdown table; `head` names its columns, the first of which holds keys."""
+    lines = [head, re.sub(r"[^|]+", "---", head)]
     for cells in found:
-        key, kind, default, meaning = (cell.replace("|", "\\|") for cell in cells)
-        lines.append(f"| `{key}` | {kind} | {default} | {meaning} |")
+        key, *others = (cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {' | '.join([f'`{key}`', *others])} |")
     return "\n".join(lines)
 
 
@@ -130,15 +137,20 @@ def page() -> str:
     parts = [HEAD]
     for name, title in TITLES.items():
         own = [cells for cells in found if section_of(cells[0]) == name]
-        parts.append(f"## {name}\n\n{title}.\n\n{table(own)}\n")
+        parts.append(f"## {name}\n\n{title}.\n\n{table(_COLUMNS, own)}\n")
     return "\n".join(parts)
 
 
 def with_first_keys(readme: str) -> str:
     """`readme` with its few keys between the markers brought up to date."""
-    found = {cells[0]: cells for cells in rows(Config)}
+    demo = flatten(dataclasses.asdict(load_config(str(_DEMO), [])))
+    found = {
+        key: (key, meaning, default, yaml_text(demo[key]))
+        for key, _, default, meaning in rows(Config)
+        if key in FIRST_KEYS
+    }
     head, rest = readme.split(BEGIN)
-    shown = table([found[key] for key in FIRST_KEYS])
+    shown = table("| key | meaning | default | `dpo.yaml` |", [found[key] for key in FIRST_KEYS])
     return f"{head}{BEGIN}\n{shown}\n{END}{rest.split(END)[1]}"
 
 
@@ -157,9 +169,10 @@ def main(arguments: list[str]) -> int:
             print(f"wrote {path}")
         return 0
     if arguments == ["--check"]:
-        for path in stale():
+        found = stale()
+        for path in found:
             print(f"{path} is out of date: run python docs/config_table.py --write")
-        return 1 if stale() else 0
+        return 1 if found else 0
     print(page())
     return 0
 

@@ -98,7 +98,7 @@ def then_stop(method: str) -> Callable:
 
 def check_extra(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in re.fullmatch(r"reinforcer-tp\[([\w,]+)\]", words[2])[1].split(","):
+    for extra in re.search(r"\[([\w,]+)\]$", words[-1])[1].split(","):
         assert extra in project["optional-dependencies"]
 
 
@@ -107,7 +107,7 @@ RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"(python|torchrun) (.* )?reinforcer_tp/train\.py( |$)", check_training),
     (r"(DPO_\w+=\S+ )*(sbatch|bash) (--\S+ )*slurm/\w+\.sh( |$)", check_slurm),
     (r"python -m [\w.]+( |$)", check_module),
-    (r"pip install '?reinforcer-tp\[", check_extra),
+    (r"pip install (-e )?'(reinforcer-tp|\.)\[", check_extra),
 ]
 
 
