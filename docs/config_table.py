@@ -150,7 +150,9 @@ def with_first_keys(readme: str) -> str:
         if key in FIRST_KEYS
     }
     head, rest = readme.split(BEGIN)
-    shown = table("| key | meaning | default | `dpo.yaml` |", [found[key] for key in FIRST_KEYS])
+    shown = table(
+        "| key | meaning | default | `configs/dpo.yaml` |", [found[key] for key in FIRST_KEYS]
+    )
     return f"{head}{BEGIN}\n{shown}\n{END}{rest.split(END)[1]}"
 
 
