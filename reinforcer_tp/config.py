@@ -209,7 +209,9 @@ class MegatronConfig:
 class PolicyConfig:
     model_name: str  # folder or hub id of a Hugging Face model, or `embedded`
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # float16 scales the loss
+    precision: Literal["float32", "bfloat16", "float16"] = (
+        "bfloat16"  # of weights and activations, masters are float32; float16 scales the loss
+    )
     train_global_batch_size: int = 128  # pairs in an optimizer step, over all processes
     train_micro_batch_size: int | None = None  # pairs in a micro-batch at most; null = no limit
     micro_batch_tokens: int | None = None  # tokens in a micro-batch at most; null = no limit; ours

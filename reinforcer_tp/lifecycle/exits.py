@@ -14,7 +14,7 @@ class Exit(IntEnum):
     NO_RESTART = 93
 
 
-MEANING = {  # of the README's table, too
+MEANING = {  # of docs/running.md's table, too
     Exit.DONE: "All steps are done.",
     Exit.DATA: "Data, model files or a checkpoint cannot be used as they are; the line names them.",
     Exit.INTERNAL: "A number that is not finite, a wrong first loss, or an error of the program.",

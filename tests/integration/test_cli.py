@@ -89,14 +89,14 @@ def test_check_output_is_a_config_file(random_llama, tmp_path):
     assert resolved(second.stdout) == config
 
 
-def readme_dataset_class() -> str:
-    """The README's code block that defines CustomDPODataset."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def documented_dataset_class() -> str:
+    """The docs' code block that defines CustomDPODataset."""
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     return next(block for block in blocks if "class CustomDPODataset" in block)
 
 
-def test_dataset_class_of_the_readme_trains_as_transformers_does(random_llama, tmp_path):
+def test_dataset_class_of_the_docs_trains_as_transformers_does(random_llama, tmp_path):
     """Strings under the keys of a dataset class are one user and one assistant message."""
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in make_rows(14)]
     renamed = [
@@ -110,7 +110,7 @@ def test_dataset_class_of_the_readme_trains_as_transformers_does(random_llama, t
         }
         for row in rows
     ]
-    (tmp_path / "readme_dataset.py").write_text(readme_dataset_class())
+    (tmp_path / "documented_dataset.py").write_text(documented_dataset_class())
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     config = OracleConfig(
@@ -125,7 +125,7 @@ def test_dataset_class_of_the_readme_trains_as_transformers_does(random_llama, t
     result = run_train(
         [
             *trainer_overrides(replace(config, data=file)),
-            "data.dataset_name=readme_dataset.CustomDPODataset",
+            "data.dataset_name=documented_dataset.CustomDPODataset",
             f"data.val_data_path={file}",
             "data.prompt_key=question",
             "data.chosen_key=good",

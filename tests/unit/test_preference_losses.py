@@ -110,6 +110,7 @@ def slope(batch: dict, token: int, options: LossOptions, step: float) -> float:
 
 def test_every_loss_has_an_independent_formula():
     assert set(FORMULAS) == set(LOSSES)
+    assert set(AT_REFERENCE) == set(LOSSES) - set(REFERENCE_FREE)
 
 
 @pytest.mark.parametrize("options", variants(), ids=name_of)
