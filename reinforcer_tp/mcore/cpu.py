@@ -9,6 +9,7 @@ it, so this module is the one place that assigns into `torch.cuda` and `megatron
 import contextlib
 import importlib
 import types
+from collections.abc import Iterator
 
 import torch
 
@@ -46,6 +47,25 @@ class _TorchOnCpu(types.ModuleType):
             return factory(*args, device="cpu" if is_cuda else device, **kwargs)
 
         return make
+
+
+@contextlib.contextmanager
+def no_compiler() -> Iterator[None]:
+    """Within it, without CUDA, `torch.compile` gives back the function that it is given.
+
+    Megatron's modules decorate their fused functions when they are imported, and the decorator
+    alone loads torch's compiler: a third of the time that the import of Megatron takes. On the CPU
+    these functions are never called (`mcore.model` keeps the fusions off).
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.compile
+    torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 def apply_cpu_support() -> None:
