@@ -1,4 +1,4 @@
-"""A part of the GPU suite: a Python program with a time limit, whose end leaves nothing running."""
+"""A part of a suite: a Python program with a time limit, whose end leaves nothing running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from threading import Thread
 from typing import IO
 
 ROOT = Path(__file__).parents[1]
-MARK = "REINFORCER_TP_SUITE_PART"  # in the environment of all that a part starts
+# In the environment of all that a part starts: its mark, after that of the part which it is in.
+MARK = "REINFORCER_TP_SUITE_PART"
 TAIL_LINES = 30
 
 
@@ -43,6 +44,13 @@ class Outcome:
     @property
     def passed(self) -> bool:
         return self.verdict == "passed"
+
+
+def stop_with_parts() -> None:
+    """What runs must not outlive a suite that is stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: sys.exit(1))
 
 
 def run_part(part: Part, limit_s: float) -> Outcome:
@@ -83,7 +91,7 @@ def _start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=inherited | {MARK: mark, "PYTHONUNBUFFERED": "1"},
+        env=inherited | {MARK: f"{os.environ.get(MARK, '')} {mark}", "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -132,9 +140,11 @@ def kill_all(process: subprocess.Popen, mark: str) -> None:
 
 def marked_processes(mark: str) -> list[int]:
     """Ids of living processes with this mark, where /proc tells."""
-    wanted, found = f"{MARK}={mark}".encode(), []
+    found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or gone
-            if wanted in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
+            for line in environ.read_bytes().split(b"\0"):
+                name, _, marks = line.partition(b"=")
+                if name == MARK.encode() and mark.encode() in marks.split():
+                    found.append(int(environ.parent.name))
     return found
