@@ -55,16 +55,21 @@ def read_results(path: Path) -> Results:
         lines = {f"{path}, line {i}": line for i, line in enumerate(text.split("\n"), start=1)}
         rows = [_checked(_parsed(line, where), where) for where, line in lines.items() if line]
         return Results(rows=rows, verdicts={})
-    report = _parsed(text, str(path))
-    parts = report.get("parts") if isinstance(report, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
-        raise ValueError(f"{path}: no `parts`; expected a report of run_all or gpu_suite")
-    rows = [
-        _checked(row, f"{path}, part {name}, row {i}")
-        for name, part in parts.items()
-        for i, row in enumerate(part.get("found", {}).get("rows", []), start=1)
-    ]
-    return Results(rows=rows, verdicts={name: str(p.get("verdict")) for name, p in parts.items()})
+    return _of_report(path, _parsed(text, str(path)))
+
+
+def _of_report(path: Path, report: Any) -> Results:
+    rows, verdicts = [], {}
+    try:
+        for name, part in report["parts"].items():
+            verdicts[name] = str(part["verdict"])
+            for i, row in enumerate(part["found"].get("rows", []), start=1):
+                rows.append(_checked(row, f"{path}, part {name}, row {i}"))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: {type(error).__name__}: {error}; expected the `parts` of run_all or gpu_suite"
+        ) from error
+    return Results(rows=rows, verdicts=verdicts)
 
 
 def _parsed(text: str, where: str) -> Any:

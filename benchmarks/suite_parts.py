@@ -61,16 +61,17 @@ def run_part(part: Part, limit_s: float) -> Outcome:
     print(
         f"\n=== {part.name}, at most {limit_s:.0f} s: python {' '.join(part.arguments)}", flush=True
     )
-    start = time.monotonic()
-    process, mark = _start(part.arguments)
+    start, process, echoes = time.monotonic(), None, []
     stdout, tail = [], deque(maxlen=TAIL_LINES)
-    echoes = [
-        Thread(target=_echo, args=(process.stdout, sys.stdout, (stdout, tail)), daemon=True),
-        Thread(target=_echo, args=(process.stderr, sys.stderr, (tail,)), daemon=True),
-    ]
-    for echo in echoes:
-        echo.start()
-    try:
+    mark = f"{os.getpid()}-{uuid.uuid4()}"
+    try:  # a signal may end us at any line from here on
+        process = _start(part.arguments, mark)
+        for source, to, keep in (
+            (process.stdout, sys.stdout, (stdout, tail)),
+            (process.stderr, sys.stderr, (tail,)),
+        ):
+            echoes.append(Thread(target=_echo, args=(source, to, keep), daemon=True))
+            echoes[-1].start()
         code = process.wait(limit_s)
         verdict = "passed" if code == 0 else f"FAILED: exit code {code}"
     except subprocess.TimeoutExpired:
@@ -83,22 +84,20 @@ def run_part(part: Part, limit_s: float) -> Outcome:
     return _with_findings(outcome, part, "".join(stdout), list(tail))
 
 
-def _start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    """The process and its mark."""
-    mark = f"{os.getpid()}-{uuid.uuid4()}"
+def _start(arguments: list[str], mark: str) -> subprocess.Popen:
     # Under the interpreter nothing here would be about the GPU.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.Popen(
+    marks = f"{os.environ.get(MARK, '')} {mark}"
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=inherited | {MARK: f"{os.environ.get(MARK, '')} {mark}", "PYTHONUNBUFFERED": "1"},
+        env=inherited | {MARK: marks, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
     )
-    return process, mark
 
 
 def _with_findings(outcome: Outcome, part: Part, stdout: str, tail: list[str]) -> Outcome:
@@ -123,11 +122,12 @@ def _echo(source: IO[str], terminal: IO[str], keep: tuple) -> None:
             lines.append(line)
 
 
-def kill_all(process: subprocess.Popen, mark: str) -> None:
+def kill_all(process: subprocess.Popen | None, mark: str) -> None:
     """Kills the group of a part, and what left it for a session of its own (torchrun's workers)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     for _ in range(20):  # what is being forked meanwhile is found the next time
         marked = marked_processes(mark)
         if not marked:
