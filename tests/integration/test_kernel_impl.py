@@ -128,7 +128,9 @@ def test_triton_without_a_gpu_is_refused_before_the_run_but_not_by_check(tmp_pat
     left = {path.name for path in result.log_dir.iterdir()}
     assert left == {"attempts", "heartbeat"}  # of a run there is nothing yet
 
-    checked = run(log_dir=tmp_path / "check", flags=["--check"])  # a login node has no GPU
+    checked = run(
+        log_dir=tmp_path / "check", flags=["--check"], fork=True
+    )  # a login node has no GPU
     assert checked.returncode == 0, checked.describe()
     assert "kernel_impl: triton" in checked.stdout
 
@@ -153,6 +155,7 @@ def test_a_label_that_the_model_does_not_have_is_refused(random_llama, random_ro
         log_dir=tmp_path / "run",
         nproc=None,
         timeout_s=60,
+        fork=True,
     )
     assert result.returncode == 65, result.describe()
     assert "error[65]: the pair of row 0 holds token id 5000" in result.stderr
