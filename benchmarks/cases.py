@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.table import BY_NAME
 
 STATISTICS = ("median_s", "p20_s", "p80_s", "min_s")
@@ -85,8 +87,8 @@ def _checked(row: Any, where: str) -> dict:
     kind = kind_of(row)
     if kind not in BY_NAME:
         raise ValueError(f"{where}: benchmark {kind!r}; expected one of {', '.join(BY_NAME)}")
-    if missing := [key for key in BY_NAME[kind].keys if key not in row]:
-        raise ValueError(f"{where}: a row of {kind} without {', '.join(missing)}; is it damaged?")
+    if missing := [key for key in BY_NAME[kind].keys[:1] if key not in row]:
+        raise ValueError(f"{where}: a row of {kind} without {missing[0]}; is it damaged?")
     found = measured(row)
     wrong = [name for name, what in found.items() if not all(map(_is_number, what.range()))]
     if wrong or not found:
@@ -105,9 +107,10 @@ def kind_of(row: dict) -> str | None:
 
 
 def case_of(row: dict) -> tuple:
-    """(benchmark, value of each of its keys)"""
+    """(benchmark, value of each of its keys that the row has)"""
     kind = kind_of(row)
-    return kind, *(row[key] for key in BY_NAME[kind].keys)
+    values = [row[key] for key in BY_NAME[kind].keys if key in row]
+    return kind, *(" ".join(map(str, v.values())) if isinstance(v, dict) else v for v in values)
 
 
 def newest(rows: list[dict]) -> dict[tuple, dict]:
@@ -120,8 +123,8 @@ def newest(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def measured(row: dict, name: str = "") -> dict[str, Measured]:
-    """All that a row measured, by the path of its fields: times with `median_s`, and numbers whose
-    names end with a unit."""
+    """All that a row measured, by the path of its fields: times with `median_s`, and numbers, or
+    lists of samples, whose names end with a unit."""
     found = {}
     if "median_s" in row:
         value = row["median_s"]
@@ -133,10 +136,12 @@ def measured(row: dict, name: str = "") -> dict[str, Measured]:
         path = f"{name} {key}".strip()
         if isinstance(value, dict):
             found |= measured(value, path)
-        elif isinstance(value, int | float) and key not in STATISTICS:
+        elif key not in STATISTICS and isinstance(value, int | float | list) and value != []:
             end = next((end for end in ENDS if key.endswith(end)), None)
             if end is not None:
                 unit, scale = ENDS[end]
-                number = value * scale
-                found[path] = Measured(unit=unit, value=number, low=number, high=number)
+                low, middle, high = np.percentile(value, [20, 50, 80]) * scale
+                found[path] = Measured(
+                    unit=unit, value=float(middle), low=float(low), high=float(high)
+                )
     return found

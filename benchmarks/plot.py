@@ -16,6 +16,7 @@ import matplotlib
 
 from benchmarks.cases import Measured, case_of, kind_of, measured, newest, read_results
 from benchmarks.measure import PASSES, RESULTS
+from benchmarks.table import BY_NAME
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -64,8 +65,9 @@ def _draw_or_say(path: Path) -> int:
     except ValueError as error:
         print(f"error: {error}")
         return 1
+    rows = [row for row in rows if not BY_NAME[kind_of(row)].draws]
     if not rows:
-        print(f"{path}: no rows, nothing to draw")
+        print(f"{path}: no rows, or of benchmarks that draw their own figures")
         return 0
     print(draw(path, rows))
     return 0

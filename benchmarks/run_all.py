@@ -1,6 +1,7 @@
 """Every benchmark that this machine can run, and one file of what they found.
 
-    python -m benchmarks.run_all [--quick] [--only NAME ...] [--skip NAME ...]
+    python -m benchmarks.run_all [--quick] [--only NAME ...] [--skip NAME ...] [--model FOLDER]
+                                 [--data FILE]
 
 Each in a process of its own with a time limit; one that fails is recorded and the others still run.
 After each benchmarks/results/runs/<device>-<date>.json has all that is known: machine, versions,
@@ -59,6 +60,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=BY_NAME, default=list(BY_NAME))
     parser.add_argument("--skip", nargs="+", choices=BY_NAME, default=[])
     parser.add_argument("--quick", action="store_true", help="small cases, whose bars say nothing")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, for those that ask")
+    parser.add_argument("--data", type=Path, help="a file of pairs, for those that ask")
     parser.add_argument("--limit-s", type=float, help="of each (default: its own)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file goes to its runs/")
     return parser.parse_args(argv)
@@ -66,9 +69,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(benchmark: Benchmark, folder: Path, args: argparse.Namespace) -> Outcome:
     """Runs it with `folder` for its rows, which are in the outcome also where it failed later."""
-    if missing := benchmark.needs():
-        return Outcome(verdict=f"not run: {missing}")
-    arguments = benchmark.quick if args.quick else benchmark.arguments
+    missing = [f"no --{name}" for name in benchmark.asks if getattr(args, name) is None]
+    if lacking := benchmark.needs() or ", ".join(missing):
+        return Outcome(verdict=f"not run: {lacking}")
+    arguments = [*(benchmark.quick if args.quick else benchmark.arguments)]
+    for name in benchmark.asks:
+        arguments += [f"--{name}", str(getattr(args, name).resolve())]
     part = Part(
         name=benchmark.name,
         arguments=["-m", f"benchmarks.{benchmark.name}", *arguments, "--results", str(folder)],

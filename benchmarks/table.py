@@ -22,11 +22,13 @@ class Benchmark:
     files in that folder. Exit code: 0, 3 a bar was missed, else it failed."""
 
     name: str  # its rows say it as `benchmark`
-    keys: tuple[str, ...]  # fields of a row that name its case
+    keys: tuple[str, ...]  # fields that name a row's case; the first is in every row
     arguments: list[str]
     quick: list[str]  # instead of them, for a run of seconds: that all works, not how fast
     limit_s: float
     needs: Callable[[], str | None] = nothing  # what this machine lacks, None: nothing
+    asks: tuple[str, ...] = ()  # of run_all's options model and data, which it is given as well
+    draws: bool = False  # its own figure; plot leaves its rows alone
 
 
 BENCHMARKS = [

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import cases, compare
 from benchmarks.measure import RESULTS
+from benchmarks.table import Benchmark
 from tests.unit.result_files import (
+    MACHINE,
     attention_row,
     operator_row,
     prompts_row,
@@ -108,6 +110,21 @@ def test_another_machine_is_refused(run, field, value):
     assert code == 1 and f"warning: {field} differs" in out and "SLOWER" in out
 
 
+def test_samples_and_keys_of_several_fields(run, monkeypatch):
+    """Rows of a benchmark that keeps its samples, and names its case in an object."""
+    other = Benchmark(name="other", keys=("case", "times"), arguments=[], quick=[], limit_s=1)
+    monkeypatch.setitem(cases.BY_NAME, "other", other)
+
+    def row(pairs: int, *samples: float, **fields) -> dict:
+        case = {"benchmark": "other", "case": {"pairs": pairs, "precision": "float32"}}
+        return MACHINE | case | {"step_s": [*samples], "empty_s": []} | fields
+
+    old = [row(4, 1.0, 1.1, 1.2), row(16, 4.0, 4.0), row(4, 1.0, times=2)]
+    code, out = run(old, [row(4, 1.05, 1.3, 1.4), row(16, 5.0, 5.1), row(4, 1.0, times=2)])
+    assert code == 1 and "noise" in out
+    assert worse(out) == ["SLOWER: other 16 float32: step_s 1.26x"]
+
+
 def test_threads_tell_cases_of_attention_apart(run):
     rows = [attention_row(0.2, threads=1), attention_row(0.1, threads=2)]
     code, out = run(rows, rows[::-1])
@@ -136,7 +153,7 @@ PART = '{"parts": {"x": {"verdict": "passed", "found": %s}}}'
         ("a.jsonl", f"{ROW}\n{ROW[:40]}", "a.jsonl, line 2: not JSON"),
         ("a.jsonl", f"{ROW}\n\n[1]\n", "a.jsonl, line 3: [1]; expected an object"),
         ("a.jsonl", json.dumps({"benchmark": "nobody's"}), 'line 1: benchmark "nobody\'s"'),
-        ("a.jsonl", '{"benchmark": "attention", "median_s": 1}', "without case, dtype"),
+        ("a.jsonl", '{"benchmark": "attention", "median_s": 1}', "row of attention without case"),
         ("a.jsonl", json.dumps(operator_row(median_s=None)), "line 1: no number in time"),
         ("a.jsonl", json.dumps(operator_row(p80_s=float("nan"))), "line 1: no number in time"),
         ("a.json", "{", "a.json: not JSON"),

@@ -25,6 +25,7 @@ PROGRAMS = {
     "misses": WRITE + f"(folder / 'cpu.jsonl').write_text({ROW!r}); sys.exit(3)",
     "empty": "pass",
     "hangs": "import time; time.sleep(600)",
+    "asking": WRITE + f"(folder / 'cpu.jsonl').write_text({ROW!r}); print(sys.argv[2:-1])",
     "elsewhere": "raise AssertionError('must not run')",
     "reports": WRITE + "(folder / 'gpu').mkdir(); (folder / 'gpu' / 'a.json').write_text('[7]')",
 }
@@ -48,6 +49,7 @@ def run(monkeypatch, tmp_path):
                 name=name, keys=(), arguments=["--all"], quick=["--few"],
                 limit_s=2 if name == "hangs" else 60,
                 needs=lambda name=name: "no such device" if name == "elsewhere" else None,
+                asks=("model", "data") if name == "asking" else (),
             )
             for name in names.split()
         ]  # fmt: skip
@@ -93,6 +95,8 @@ def test_after_a_failure_the_others_run(run, capsys):
         ("good fails", ("--only", "good"), 0, "--all"),
         ("good fails", ("--skip", "fails"), 0, "--all"),
         ("elsewhere", (), 1, "no such device"),
+        ("good asking", ("--model", "/m"), 0, "asking               0.0 s  not run: no --data"),
+        ("asking", ("--model", "/m", "--data", "/d"), 0, "['--model', '/m', '--data', '/d', '--r"),
     ],
 )
 def test_exit_code_and_choice(run, names, args, code, said, capsys):
