@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tests.integration.harness import REPOSITORY, RunResult, run_train
+from tests.integration.harness import REPOSITORY, run_train
 from tests.integration.oracle import OracleConfig, run_oracle
 from tests.integration.overrides import trainer_overrides
 from tests.integration.random_model import make_rows, write_jsonl
@@ -30,15 +30,9 @@ def resolved(stdout: str) -> dict:
     return yaml.safe_load("\n".join(lines[start:]))
 
 
-def check(overrides, *, fork: bool = True, **how) -> RunResult:
-    """`--check`: the default configuration's is started anew, the others are forked."""
-    return run_train(overrides, flags=["--check"], nproc=None, fork=fork, **how)
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_every_shipped_config_passes_check(config, tmp_path):
-    fork = config.stem != "dpo"
-    result = check([], config=config, fork=fork, log_dir=tmp_path / "run")
+    result = run_train([], flags=["--check"], config=config, nproc=None, log_dir=tmp_path / "run")
     assert result.returncode == 0, result.describe()
     assert not result.log_dir.exists(), "--check must write nothing"
 
@@ -48,7 +42,7 @@ def test_there_are_shipped_configs():
 
 
 def test_check_prints_the_resolved_config_with_nemo_rl_overrides(tmp_path):
-    result = check(NEMO_RL_OVERRIDES, log_dir=tmp_path / "run")
+    result = run_train(NEMO_RL_OVERRIDES, flags=["--check"], nproc=None, log_dir=tmp_path / "run")
     assert result.returncode == 0, result.describe()
     config = resolved(result.stdout)
     assert config["cluster"]["gpus_per_node"] == 8
@@ -61,13 +55,15 @@ def test_check_prints_the_resolved_config_with_nemo_rl_overrides(tmp_path):
 
 
 def test_check_sees_a_model_that_does_not_fit(random_llama, tmp_path):
-    result = check(
+    result = run_train(
         [
             f"policy.model_name={random_llama}",
             "policy.max_total_sequence_length=128",
             "policy.megatron_cfg.tensor_model_parallel_size=4",
             "cluster.gpus_per_node=4",
         ],
+        flags=["--check"],
+        nproc=None,
         log_dir=tmp_path / "run",
     )
     assert result.returncode != 0, result.describe()
@@ -75,18 +71,20 @@ def test_check_sees_a_model_that_does_not_fit(random_llama, tmp_path):
 
 
 def test_check_output_is_a_config_file(random_llama, tmp_path):
-    first = check(
+    first = run_train(
         [
             f"policy.model_name={random_llama}",
             "policy.max_total_sequence_length=128",
             "dpo.seed=7",
         ],
+        flags=["--check"],
+        nproc=None,
         log_dir=tmp_path / "run",
     )
     config = resolved(first.stdout)
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(config))
-    second = check([], config=path, log_dir=tmp_path / "run")
+    second = run_train([], flags=["--check"], config=path, nproc=None, log_dir=tmp_path / "run")
     assert second.returncode == 0, second.describe()
     assert resolved(second.stdout) == config
 

@@ -63,8 +63,7 @@ def test_a_wrong_first_loss_or_one_that_is_not_finite_is_told():
 def test_the_gpus_run_is_a_llama_of_1_24_billion_with_usual_lengths(tmp_path):
     setting = dpo_run.SETTINGS["llama1b"]
     path = dpo_run.prepare(setting, tmp_path / "work", steps=20)
-    how = {"config": path, "nproc": None, "log_dir": tmp_path / "run", "fork": True}
-    checked = run_train([], flags=["--check"], **how)
+    checked = run_train([], flags=["--check"], config=path, nproc=None, log_dir=tmp_path / "run")
     assert checked.returncode == 0, checked.describe()
     config = load_config(str(path), [])
     assert config.policy.load_weights is False and config.dpo.max_num_steps == 20

@@ -128,9 +128,7 @@ def test_triton_without_a_gpu_is_refused_before_the_run_but_not_by_check(tmp_pat
     left = {path.name for path in result.log_dir.iterdir()}
     assert left == {"attempts", "heartbeat"}  # of a run there is nothing yet
 
-    checked = run(
-        log_dir=tmp_path / "check", flags=["--check"], fork=True
-    )  # a login node has no GPU
+    checked = run(log_dir=tmp_path / "check", flags=["--check"])  # a login node has no GPU
     assert checked.returncode == 0, checked.describe()
     assert "kernel_impl: triton" in checked.stdout
 

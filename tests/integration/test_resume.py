@@ -172,13 +172,12 @@ def test_finished_run_and_another_config(config, tmp_path):
     overrides = training(config, 2)
     succeed(overrides, tmp_path / "run", nproc=1)
     before = contents(tmp_path / "run")
-    again = run_train(overrides, log_dir=tmp_path / "run", nproc=None, fork=True)
+    again = run_train(overrides, log_dir=tmp_path / "run", nproc=None)
     assert again.returncode == 0, again.describe()
     assert "dpo.max_num_steps" in again.stdout + again.stderr, again.describe()
     assert contents(tmp_path / "run")["metrics.jsonl"] == before["metrics.jsonl"]
     after_again = contents(tmp_path / "run")
-    changed = [*overrides, "dpo.seed=43"]
-    other = run_train(changed, log_dir=tmp_path / "run", nproc=None, fork=True)
+    other = run_train([*overrides, "dpo.seed=43"], log_dir=tmp_path / "run", nproc=None)
     assert other.returncode != 0, other.describe()
     assert "Traceback" not in other.stderr, other.describe()
     refusals = [line for line in other.stderr.splitlines() if str(tmp_path / "run") in line]
@@ -197,6 +196,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    result = run_train(training(config, 2), log_dir=tmp_path / "run", nproc=None, fork=True)
+    result = run_train(training(config, 2), log_dir=tmp_path / "run", nproc=None)
     assert result.returncode != 0, result.describe()
     assert contents(tmp_path / "run") == {"thesis.txt": b"mine"}
