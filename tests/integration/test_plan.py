@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from reinforcer_tp.plan import __main__ as command
 from tests.integration.harness import REPOSITORY, run_train
 from tests.integration.random_model import make_tokenizer
 
@@ -54,21 +52,6 @@ def make_model(folder, width: int):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def compare_here(run: Path, monkeypatch, capsys) -> dict:
-    """`plan --compare` where its modules are imported already; what it sets comes back."""
-    monkeypatch.setattr(command, "make_files_private", lambda: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in (
-        "CUDA_VISIBLE_DEVICES",
-        "TRANSFORMERS_VERBOSITY",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS",
-    ):
-        monkeypatch.setenv(name, "")
-    capsys.readouterr()
-    assert command.main(["--compare", str(run), "--gpu", "cpu", "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize(
     "width, nproc, overrides",
     [
@@ -81,7 +64,7 @@ def compare_here(run: Path, monkeypatch, capsys) -> dict:
     ],
     ids=["float32", "resident-recompute", "pp2", "bfloat16"],
 )  # fmt: skip
-def test_cpu_peak_is_within_a_tenth(width, nproc, overrides, tmp_path, monkeypatch, capsys):
+def test_cpu_peak_is_within_a_tenth(tmp_path, width, nproc, overrides):
     """Resident memory of a real run over what it held before there was a model."""
     model = tmp_path / "model"
     model.mkdir()
@@ -95,10 +78,11 @@ def test_cpu_peak_is_within_a_tenth(width, nproc, overrides, tmp_path, monkeypat
          f"reference.store_dir={tmp_path / 'store'}" if "reference.mode=resident" not in overrides
          else "reference.store_dir=null", *overrides],
         log_dir=tmp_path / "run", nproc=nproc, config=REPOSITORY / "configs" / "dpo.yaml",
-        fork=nproc == 1,
     )  # fmt: skip
     assert run.returncode == 0, run.describe()
-    found = compare_here(tmp_path / "run", monkeypatch, capsys)
+    code, out, err, _ = plan("--compare", tmp_path / "run", "--gpu", "cpu", "--json")
+    assert code == 0, err
+    found = json.loads(out)
     before = run.metrics[0]["memory/before_model_gib"]
     measured = max(line["memory/peak_gib"] for line in run.metrics) - before
     assert found["measured"]["peak_gib"] == pytest.approx(measured)
