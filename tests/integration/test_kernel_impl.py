@@ -153,7 +153,6 @@ def test_a_label_that_the_model_does_not_have_is_refused(random_llama, random_ro
         log_dir=tmp_path / "run",
         nproc=None,
         timeout_s=60,
-        fork=True,
     )
     assert result.returncode == 65, result.describe()
     assert "error[65]: the pair of row 0 holds token id 5000" in result.stderr
