@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, append_rows, cpu_flags, machine, statistics
+from benchmarks.measure import RESULTS, append_rows, cpu_flags, machine, statistics, take_turns
 from reinforcer_tp.mcore.grouped_attention import grouped_attention
 from reinforcer_tp.mcore.segments import group_segments
 
@@ -147,16 +147,6 @@ def errors(attend: Callable, segments: Segments, dtype: torch.dtype) -> list[flo
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
 
 
-def time_in_turns(contenders: dict, inputs: tuple, repeats: int) -> dict[str, list[float]]:
-    samples = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, attend in contenders.items():
-            start = time.perf_counter()
-            step(attend, *inputs)
-            samples[name].append(time.perf_counter() - start)
-    return samples
-
-
 def run_case(name: str, segments: Segments, dtype: str, repeats: int) -> tuple[list[dict], bool]:
     """(a row a contender, whether the results were right); prints the line of the table."""
     contenders = {"sdpa loop": loop_of_sdpa(segments), "ours": ours(segments)}
@@ -168,10 +158,11 @@ def run_case(name: str, segments: Segments, dtype: str, repeats: int) -> tuple[l
         )
         return [], False
     inputs = make_inputs(segments, DTYPES[dtype])
-    samples = time_in_turns(contenders, inputs, repeats)
+    ways = {key: partial(step, attend, *inputs) for key, attend in contenders.items()}
+    samples = take_turns(ways, repeats)
     rows = [
-        {"case": name, "dtype": dtype, "contender": key, "tokens": segments.cu_q[-1]}
-        | {"segments": len(segments.cu_q) - 1, "errors": wrong[key]}
+        {"benchmark": "attention", "case": name, "dtype": dtype, "contender": key}
+        | {"tokens": segments.cu_q[-1], "segments": len(segments.cu_q) - 1, "errors": wrong[key]}
         | statistics(samples[key])
         for key in contenders
     ]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 from benchmarks.codegen import ARCHS
 from benchmarks.dpo_run import summary
 from benchmarks.measure import RESULTS, read_rows, slug
-from benchmarks.suite_parts import Outcome, Part, run_part
+from benchmarks.suite_parts import Outcome, Part, run_part, stop_with_parts
 from benchmarks.suite_report import about_machine, markdown
 from benchmarks.suite_targets import TARGET_SHAPES, judged
 from reinforcer_tp.whole_files import write_whole
@@ -40,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device; the GPU suite runs only on one (nothing was run)")
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):  # what runs must not outlive the suite
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda *_: sys.exit(1))
+    stop_with_parts()
     began = datetime.now(UTC)
     device = torch.cuda.get_device_name()
     stem = f"{slug(device)}-{began:%Y-%m-%d-%H%M}"

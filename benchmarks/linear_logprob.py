@@ -221,7 +221,8 @@ def make_rows(case: Case, running, samples, probes, errors) -> list[dict]:
     rows = []
     for contender in running:
         for name in PASSES:
-            row = asdict(case) | {"contender": contender.name, "pass": name}
+            row = {"benchmark": "linear_logprob", **asdict(case)}
+            row |= {"contender": contender.name, "pass": name}
             row |= stats[contender.name][name]
             flops = 2 * case.n * case.d * case.v
             gemms = USEFUL_GEMMS[name]

@@ -86,6 +86,17 @@ def time_interleaved(
     return samples
 
 
+def take_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call by way; every round calls each once. For work on a CPU."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
 def rounds_within(budget_s: float, seconds: float, repeats: int) -> int:
     return min(repeats, max(1, int(budget_s / seconds)))
 
@@ -197,6 +208,11 @@ def cpu_gemm_rates(inputs: Inputs) -> dict[str, float]:
         matmul.fp32_precision = saved
         rates[name] = max(rates.get(name, 0), rate)
     return rates
+
+
+def default_device() -> str:
+    """Where train.py runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine(device: str) -> dict[str, object]:

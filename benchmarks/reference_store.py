@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.measure import RESULTS, append_rows, machine, statistics
+from benchmarks.measure import RESULTS, append_rows, default_device, machine, statistics
 from reinforcer_tp.embedded import ensure_embedded
 
 BAR = 1.2
@@ -132,7 +132,7 @@ def _report(model: str, args: argparse.Namespace, seconds: dict[str, list[float]
         f"store {medians['store']:.2f} s ({speed_up:.2f}x faster, bar {BAR}: "
         f"{'met' if speed_up >= BAR else 'missed'}), store with its sweep {medians['cold']:.2f} s"
     )
-    print(f"appended to {append_rows(args.results, [machine('cpu') | row])}")
+    print(f"appended to {append_rows(args.results, [machine(default_device()) | row])}")
     return 0 if speed_up >= BAR else 3
 
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.measure import RESULTS, append_rows, machine, statistics
+from benchmarks.measure import RESULTS, append_rows, default_device, machine, statistics, take_turns
 from reinforcer_tp.batches import micro_batching
 from reinforcer_tp.config import load_config
 from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
@@ -153,12 +153,7 @@ def run_case(case: Case, lengths: np.ndarray, topology, args: argparse.Namespace
     if max(differences) > SAME[case.precision]:
         print(f"{case.model}: loss and gradient norm differ by {differences}: no speed is reported")
         return 1
-    seconds = {share: [] for share in SHARES}
-    for _ in range(args.rounds):
-        for share in SHARES:
-            begin = time.perf_counter()
-            step(share)
-            seconds[share].append(time.perf_counter() - begin)
+    seconds = take_turns({share: partial(step, share) for share in SHARES}, args.rounds)
     return _report(case, parts, seconds, args.results)
 
 
@@ -200,7 +195,7 @@ def _report(case: Case, parts: dict, seconds: dict[str, list[float]], results: P
         f"step {medians['nothing']:.3f} -> {medians['prompt']:.3f} s ({speed_up:.2f}x faster), "
         f"{share:.0%} of the ratio (bar {BAR:.0%}: {'met' if share >= BAR else 'missed'})"
     )
-    print(f"appended to {append_rows(results, [machine('cpu') | row])}")
+    print(f"appended to {append_rows(results, [machine(default_device()) | row])}")
     return 0 if share >= BAR else 3
 
 

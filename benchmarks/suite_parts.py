@@ -1,4 +1,4 @@
-"""A part of the GPU suite: a Python program with a time limit, whose end leaves nothing running."""
+"""A part of a suite: a Python program with a time limit, whose end leaves nothing running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from threading import Thread
 from typing import IO
 
 ROOT = Path(__file__).parents[1]
-MARK = "REINFORCER_TP_SUITE_PART"  # in the environment of all that a part starts
+# In the environment of all that a part starts: its mark, after that of the part which it is in.
+MARK = "REINFORCER_TP_SUITE_PART"
 TAIL_LINES = 30
 
 
@@ -45,6 +46,13 @@ class Outcome:
         return self.verdict == "passed"
 
 
+def stop_with_parts() -> None:
+    """What runs must not outlive a suite that is stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: sys.exit(1))
+
+
 def run_part(part: Part, limit_s: float) -> Outcome:
     """Runs it, its output on ours as it comes. At the limit all that it started is killed."""
     if part.needs is not None and not part.needs.exists():
@@ -53,16 +61,17 @@ def run_part(part: Part, limit_s: float) -> Outcome:
     print(
         f"\n=== {part.name}, at most {limit_s:.0f} s: python {' '.join(part.arguments)}", flush=True
     )
-    start = time.monotonic()
-    process, mark = _start(part.arguments)
+    start, process, echoes = time.monotonic(), None, []
     stdout, tail = [], deque(maxlen=TAIL_LINES)
-    echoes = [
-        Thread(target=_echo, args=(process.stdout, sys.stdout, (stdout, tail)), daemon=True),
-        Thread(target=_echo, args=(process.stderr, sys.stderr, (tail,)), daemon=True),
-    ]
-    for echo in echoes:
-        echo.start()
-    try:
+    mark = f"{os.getpid()}-{uuid.uuid4()}"
+    try:  # a signal may end us at any line from here on
+        process = _start(part.arguments, mark)
+        for source, to, keep in (
+            (process.stdout, sys.stdout, (stdout, tail)),
+            (process.stderr, sys.stderr, (tail,)),
+        ):
+            echoes.append(Thread(target=_echo, args=(source, to, keep), daemon=True))
+            echoes[-1].start()
         code = process.wait(limit_s)
         verdict = "passed" if code == 0 else f"FAILED: exit code {code}"
     except subprocess.TimeoutExpired:
@@ -75,22 +84,20 @@ def run_part(part: Part, limit_s: float) -> Outcome:
     return _with_findings(outcome, part, "".join(stdout), list(tail))
 
 
-def _start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    """The process and its mark."""
-    mark = f"{os.getpid()}-{uuid.uuid4()}"
+def _start(arguments: list[str], mark: str) -> subprocess.Popen:
     # Under the interpreter nothing here would be about the GPU.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.Popen(
+    marks = f"{os.environ.get(MARK, '')} {mark}"
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=inherited | {MARK: mark, "PYTHONUNBUFFERED": "1"},
+        env=inherited | {MARK: marks, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
     )
-    return process, mark
 
 
 def _with_findings(outcome: Outcome, part: Part, stdout: str, tail: list[str]) -> Outcome:
@@ -115,11 +122,12 @@ def _echo(source: IO[str], terminal: IO[str], keep: tuple) -> None:
             lines.append(line)
 
 
-def kill_all(process: subprocess.Popen, mark: str) -> None:
+def kill_all(process: subprocess.Popen | None, mark: str) -> None:
     """Kills the group of a part, and what left it for a session of its own (torchrun's workers)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     for _ in range(20):  # what is being forked meanwhile is found the next time
         marked = marked_processes(mark)
         if not marked:
@@ -132,9 +140,11 @@ def kill_all(process: subprocess.Popen, mark: str) -> None:
 
 def marked_processes(mark: str) -> list[int]:
     """Ids of living processes with this mark, where /proc tells."""
-    wanted, found = f"{MARK}={mark}".encode(), []
+    found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or gone
-            if wanted in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
+            for line in environ.read_bytes().split(b"\0"):
+                name, _, marks = line.partition(b"=")
+                if name == MARK.encode() and mark.encode() in marks.split():
+                    found.append(int(environ.parent.name))
     return found

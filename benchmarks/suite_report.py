@@ -1,13 +1,14 @@
-"""What a run of the GPU suite found: the machine it ran on, and the Markdown table of its JSON."""
+"""What a suite says of its machine, and the Markdown table of a run of the GPU suite."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
 import torch
 
-from benchmarks.measure import machine
+from benchmarks.measure import default_device, machine
 from benchmarks.suite_targets import GIB, shown
 from reinforcer_tp.environment import environment_info, package_versions
 
@@ -29,16 +30,21 @@ FORMATS = {"step_s": "{:.3f} s", "peak_gib": "{:.2f} GiB"}
 
 def about_machine() -> dict:
     """Devices, driver, versions and commit; no host name. What cannot be known is None."""
-    info, device = environment_info({}), "cuda" if torch.cuda.is_available() else "cpu"
+    info, device = environment_info({}), default_device()
     found = machine(device) | {key: info[key] for key in ("python", "platform", "cuda", "nccl")}
     found["versions"] = info["versions"] | package_versions(RIVAL_PACKAGES)
-    found |= {"num_devices": len(info["devices"]), "driver": _driver()}
+    found |= {"num_devices": len(info["devices"]), "driver": _driver(), "cores": os.cpu_count()}
+    found["host_memory_gib"] = host_memory_gib()
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found["memory_gib"] = round(properties.total_memory / GIB, 1)
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["multiprocessors"] = properties.multi_processor_count
     return found
+
+
+def host_memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
 
 
 def _driver() -> str | None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from reinforcer_tp.config import ConfigError
+from reinforcer_tp.selftest import __main__ as command
 from reinforcer_tp.selftest.__main__ import report, run_cases
 from reinforcer_tp.selftest.batch import Case, fit, own_making
 from reinforcer_tp.selftest.compare import Measured, compare
@@ -202,13 +203,23 @@ def test_a_configuration_of_the_users(assets, polite_rows, tmp_path):
     ],
     ids=["layout", "own", "no-file", "key", "without-config", "contradiction"],
 )
-def test_configuration_errors_are_one_line(arguments, says):
-    done = run_selftest(*arguments)
-    assert done.returncode == 78, done.stderr
-    assert done.stdout == ""
-    [line] = done.stderr.splitlines()
+def test_configuration_errors_are_one_line(arguments, says, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(command, "make_files_private", lambda: None)  # this process goes on
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main(arguments) == 78
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
     for part in says:
         assert part in line
+
+
+def test_a_wrong_configuration_is_the_exit_status():
+    done = run_selftest("--layouts", "tp2,tp3")
+    assert done.returncode == 78 and done.stdout == "", done.stdout
+    [line] = done.stderr.splitlines()
+    assert "tp3 is no layout" in line
 
 
 BASELINE = Measured(

@@ -118,6 +118,7 @@ def test_command_line_appends_rows_and_plot_draws_them(tmp_path):
     assert keys == [(n, name, p) for n in (48, 33) for name in NAMES for p in PASSES]
     for row in rows:
         assert row["threads"] == 1 and row["repeats"] == 2 and row["device_type"] == "cpu"
+        assert row["benchmark"] == "linear_logprob"
         assert row["torch"] == torch.__version__ and set(row["cpu_flags"]) == {"amx", "avx512_bf16"}
         assert 0 < row["min_s"] <= row["p20_s"] <= row["median_s"] <= row["p80_s"]
         gemms = linear_logprob.USEFUL_GEMMS[row["pass"]]
@@ -134,25 +135,6 @@ def test_command_line_appends_rows_and_plot_draws_them(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_takes_the_newest_row_of_each_bar():
-    def row(contender, seconds, n=8):
-        return {"shape": "tiny", "n": n, "dtype": "float32", "contender": contender,
-                "pass": "both", "median_s": seconds}  # fmt: skip
-
-    cases = plot.newest([row("a", 1.0), row("b", 2.0), row("a", 3.0), row("a", 4.0, n=9)])
-    bars = {case: [(r["contender"], r["median_s"]) for r in cases[case]] for case in cases}
-    assert bars == {
-        "tiny N=8 float32": [("b", 2.0), ("a", 3.0)],
-        "tiny N=9 float32": [("a", 4.0)],
-    }
-
-
-def test_plot_without_rows_says_what_to_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
-    assert plot.main([]) == 1
-    assert "benchmarks.linear_logprob" in capsys.readouterr().out
-
-
 def test_statistics_by_hand():
     assert measure.statistics([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx(
         {"median_s": 3.5, "p20_s": 2.0, "p80_s": 5.0, "min_s": 1.0, "repeats": 6}
@@ -163,6 +145,14 @@ def test_slow_contenders_get_fewer_rounds():
     assert measure.rounds_within(60, 2.0, 7) == 7
     assert measure.rounds_within(60, 12.0, 7) == 5
     assert measure.rounds_within(60, 100.0, 7) == 1
+
+
+def test_ways_take_turns():
+    order = []
+    samples = measure.take_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2
+    )
+    assert order == ["a", "b", "a", "b"] and {len(seconds) for seconds in samples.values()} == {2}
 
 
 def test_contenders_take_turns(monkeypatch):

@@ -108,6 +108,23 @@ def test_nothing_that_a_part_started_is_left(then):
     assert not is_alive(outcome.found["pid"]), "what it said before it was killed is read as well"
 
 
+def test_a_signal_just_after_the_start_leaves_nothing(monkeypatch):
+    started, start = [], suite_parts._start
+
+    def start_and_keep(*args):
+        started.append(start(*args))
+        return started[0]
+
+    def end(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(suite_parts, "_start", start_and_keep)
+    monkeypatch.setattr(suite_parts.Thread, "start", end)
+    with pytest.raises(SystemExit):
+        run_part(python("one", "import time; time.sleep(600)"), 60)
+    assert not is_alive(started[0].pid)
+
+
 def test_killing_spares_processes_with_another_mark():
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     other = subprocess.Popen(command, env=os.environ | {suite_parts.MARK: "mine-2"})
