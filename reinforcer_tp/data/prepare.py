@@ -22,7 +22,7 @@ from reinforcer_tp.data import handover
 from reinforcer_tp.data.chat import EncodeOptions
 from reinforcer_tp.data.load import as_dict, load_preference_dataset, task_spec_of
 from reinforcer_tp.data.surprises import TEXTS
-from reinforcer_tp.data.tokenize_set import SetOptions, tokenize_set
+from reinforcer_tp.data.tokenize_set import SetOptions, each_row, tokenize_set
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
 __all__ = ["PreparedData", "TokenizedPair", "TokenizedSet", "format_report", "prepare_data"]
@@ -222,7 +222,7 @@ def _without_columns(
     rows: Iterable[Mapping[str, Any]], ignored: Sequence[str], columns: set[str]
 ) -> Iterator[Mapping[str, Any]]:
     """`rows` without the columns of those names; `columns` learns which there are."""
-    for row in rows:
+    for row in each_row(rows):
         if isinstance(row, Mapping):
             columns.update(row)
             row = {name: value for name, value in row.items() if name not in ignored}
