@@ -163,6 +163,7 @@ def test_a_set_without_margins_and_reference():
     assert made[1] == TokenizedPair(prompt=[3], chosen=[4, 5], rejected=[6], row=1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 3000), st.integers(1, 9), st.floats(-1e6, 0), st.floats(-1e6, 0)),
