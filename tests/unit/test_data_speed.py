@@ -85,7 +85,8 @@ def test_what_an_earlier_call_left_in_the_tokenizer_does_not_matter():
     tokenizer = toy_tokenizer(adds_bos=True)
     pieces, text = PieceTokenizer(tokenizer), "<s>abcabc</s>ab"
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    tokenizer(["a", "abc"], truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation is not None
     assert pieces([text, "a"])[0] == expected
 
 
