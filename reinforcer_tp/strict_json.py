@@ -1,5 +1,6 @@
 """JSON that others wrote: no NaN, no key twice, no half of a character, not endless."""
 
+import functools
 import json
 import math
 from typing import Any
@@ -12,13 +13,9 @@ def parse_json(text: str | bytes, integer_bits: int = 64) -> Any:
     if isinstance(text, bytes):
         text = text.decode()
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=lambda digits: _integer(digits, integer_bits),
-            parse_float=_finite,
-            parse_constant=_constant,
-        )
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+        value = _decoder(integer_bits).decode(text)
     except RecursionError:
         raise ValueError(_too_deep()) from None
     if text.count("[") + text.count("{") > DEPTH:
@@ -26,6 +23,16 @@ def parse_json(text: str | bytes, integer_bits: int = 64) -> Any:
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+@functools.cache
+def _decoder(integer_bits: int) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_int=lambda digits: _integer(digits, integer_bits),
+        parse_float=_finite,
+        parse_constant=_constant,
+    )
 
 
 def check_depth(value: Any, room: int = DEPTH) -> None:

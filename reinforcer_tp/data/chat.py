@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import PreferencePair, brief, half_character
+from reinforcer_tp.data.pieces import PieceTokenizer
 from reinforcer_tp.data.shapes import common_length
 from reinforcer_tp.data.surprises import SpecialText, find_surprises, rewrites_history
 from reinforcer_tp.data.templates import Conversation, Refusal, Rendered, render
@@ -98,6 +99,7 @@ class PairEncoder:
         self.special_ids = set(tokenizer.all_special_ids) - unknown
         self.unknown_ids = {tokenizer.unk_token_id} - no_text - {None}
         self.special_text = SpecialText(tokenizer)
+        self.pieces = PieceTokenizer(tokenizer)
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
         """The ids of every pair, tokenized together; each result depends on its own pair alone."""
@@ -174,9 +176,7 @@ class PairEncoder:
         return [ids[i : i + 3] for i in range(0, len(ids), 3)]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.pieces(texts)
 
     def _split(
         self, pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int]

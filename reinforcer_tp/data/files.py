@@ -9,15 +9,18 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.builder import Key
 
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import brief
@@ -25,8 +28,10 @@ from reinforcer_tp.strict_json import parse_json
 
 FORMATS = ("jsonl", "ndjson", "json", "parquet")
 EXPECTED = "files that end in .jsonl, .json or .parquet (or those with .gz)"
-VERSION = 1  # of how files are read: part of the key of the cached rows
+VERSION = 2  # of how files are read: part of the key of the cached rows
 BIG = 10 << 20  # bytes of files that take seconds to read
+ROWS_AT_ONCE = 1000
+_TO_JSON = json.JSONEncoder().encode  # json.dumps
 
 
 def load_files(paths: list[Path]) -> datasets.Dataset:
@@ -47,7 +52,13 @@ def load_files(paths: list[Path]) -> datasets.Dataset:
     }
     with progress_bars(shown=sum(path.stat().st_size for path in paths) > BIG):
         try:
-            return datasets.Dataset.from_generator(_iterate, features=features, gen_kwargs=kwargs)
+            if formats == {"parquet"}:
+                return datasets.Dataset.from_generator(
+                    _iterate, features=features, gen_kwargs=kwargs
+                )
+            builder = _JsonFiles(column_features=features, **kwargs)
+            builder.download_and_prepare()
+            return builder.as_dataset(split="train")
         except datasets.exceptions.DatasetGenerationError as error:
             cause = one_line(error.__cause__ or error)
             raise ValueError(f"cannot read {', '.join(map(str, paths))}: {cause}") from error
@@ -66,18 +77,65 @@ def progress_bars(*, shown: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@dataclass
+class _JsonConfig(datasets.BuilderConfig):
+    """All of it is in the name under which `datasets` keeps the rows."""
+
+    paths: tuple[str, ...] = ()
+    json_columns: tuple[str, ...] = ()
+    digest: str = ""
+    column_features: datasets.Features | None = None
+
+
+class _JsonFiles(datasets.ArrowBasedBuilder):
+    """JSON files as `from_generator` would give them, but by the table."""
+
+    BUILDER_CONFIG_CLASS = _JsonConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=self.config.column_features)
+
+    def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name="train")]
+
+    def _generate_tables(self) -> Iterator[tuple[Any, pa.Table]]:
+        config = self.config
+        rows = (row for path in config.paths for _, row in _json_rows(Path(path)))
+        for index, batch in enumerate(_batched(rows, ROWS_AT_ONCE)):
+            columns = {
+                name: _column(batch, name, feature, name in config.json_columns)
+                for name, feature in config.column_features.items()
+            }
+            yield Key(0, index), pa.table(columns)
+        _check_unchanged(config.paths, config.digest)
+
+
+def _column(batch: list[dict], name: str, feature: Any, is_json: bool) -> pa.Array:
+    if is_json:
+        # As JSON text: left to itself, datasets.Json takes the text "4" for the number.
+        texts = [_TO_JSON(row[name]) if name in row else None for row in batch]
+        return pa.ExtensionArray.from_storage(feature.pa_type, pa.array(texts, pa.string()))
+    values = [row.get(name) for row in batch]
+    if feature.dtype == "float64":
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(values, feature())
+
+
+def _batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
 def _iterate(paths: tuple[str, ...], json_columns: tuple[str, ...], digest: str) -> Iterator[dict]:
-    """Rows of all files; the cache of `from_generator` keeps them under `digest`."""
+    """Rows of parquet files; the cache of `from_generator` keeps them under `digest`."""
     for path in map(Path, paths):
-        if file_format(path) == "parquet":
-            with readable(path):
-                for batch in _parquet(path).iter_batches():
-                    yield from batch.to_pylist()
-        else:
-            for _, row in _json_rows(path):
-                # As JSON text: left to itself, datasets.Json takes the text "4" for the number.
-                encoded = {key: json.dumps(row[key]) for key in json_columns if key in row}
-                yield row | encoded
+        with readable(path):
+            for batch in _parquet(path).iter_batches():
+                yield from batch.to_pylist()
+    _check_unchanged(paths, digest)
+
+
+def _check_unchanged(paths: tuple[str, ...], digest: str) -> None:
     if digest != f"{VERSION}-{_digest(list(map(Path, paths)))}":
         raise ValueError("a file changed while it was read; start again once it is whole")
 
@@ -186,6 +244,7 @@ def _first_character(stream: BinaryIO) -> bytes:
 
 
 def _digest(paths: list[Path]) -> str:
+    """Of the content of the files."""
     digest = hashlib.sha256()
     for path in paths:
         with readable(path), open(path, "rb") as stream:

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data import handover
 from reinforcer_tp.data.chat import EncodeOptions
+from reinforcer_tp.data.earlier import content_digests, find_start, remember_start, start_key
 from reinforcer_tp.data.load import as_dict, load_preference_dataset, task_spec_of
 from reinforcer_tp.data.surprises import TEXTS
-from reinforcer_tp.data.tokenize_set import SetOptions, tokenize_set
+from reinforcer_tp.data.tokenize_set import SetOptions, each_row, tokenize_set
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
 __all__ = ["PreparedData", "TokenizedPair", "TokenizedSet", "format_report", "prepare_data"]
@@ -71,7 +72,16 @@ def prepare_data(
                 on_boundary_mismatch=section.get("on_boundary_mismatch", "longest_common_prefix"),
                 chat_template_kwargs=chat_template_kwargs,
             )
-            return _prepare(section, tokenizer, encode, root / "sets")
+            contents = content_digests(section)
+            key = None if contents is None else start_key(section, contents, tokenizer, encode)
+            found = None if key is None else find_start(root / "starts", key, root / "sets")
+            if found is not None:
+                return found
+            result = _prepare(section, tokenizer, encode, root / "sets")
+            # Files that changed meanwhile are those of another start.
+            if key is not None and contents == content_digests(section):
+                remember_start(root / "starts", key, result)
+            return result
 
         result = handover.lead(root / "handover", name, work)
     else:
@@ -222,7 +232,7 @@ def _without_columns(
     rows: Iterable[Mapping[str, Any]], ignored: Sequence[str], columns: set[str]
 ) -> Iterator[Mapping[str, Any]]:
     """`rows` without the columns of those names; `columns` learns which there are."""
-    for row in rows:
+    for row in each_row(rows):
         if isinstance(row, Mapping):
             columns.update(row)
             row = {name: value for name, value in row.items() if name not in ignored}

@@ -1,11 +1,12 @@
 """What became of the rows of one tokenized set, as its counts.json keeps it beside the arrays."""
 
 import json
-from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reinforcer_tp.data.tokenized import TokenizedSet
 
@@ -15,24 +16,37 @@ def set_counts(encoded: pa.Table, pairs: TokenizedSet) -> dict[str, Any]:
 
     tokens and longest count tokens by part; margins are those other than 0, None where all are 0.
     """
-    ends, rows = encoded["prompt_end"].to_pylist(), encoded["row"].to_pylist()
-    mismatches = [(row, end) for row, end in zip(rows, ends, strict=True) if end is not None]
     lengths = pairs.lengths()
-    longest = np.append(lengths, np.zeros((1, 3), np.int32), axis=0)
+    mismatches = _with_text(encoded, "prompt_end", None)
+    num_mismatches = len(encoded) - encoded["prompt_end"].null_count
     return {
         "used": len(pairs),
-        "dropped": dict(Counter(filter(None, encoded["dropped"].to_pylist()))),
-        "boundary_mismatches": len(mismatches),
-        "boundary_example": _example(*mismatches[0]) if mismatches else None,
+        "dropped": _dropped(encoded),
+        "boundary_mismatches": num_mismatches,
+        "boundary_example": _example(*next(mismatches)) if num_mismatches else None,
         "surprises": _surprises(encoded),
-        "truncated": sum(encoded["is_truncated"].to_pylist()),
+        "truncated": pc.sum(encoded["is_truncated"]).as_py() or 0,
         "zero_weight": int((pairs.weights == 0).sum()),
         "margins": _margin_counts(pairs.margins),
         "has_reference": pairs.has_reference,
         "tokens": _by_part(lengths.sum(axis=0, dtype=np.int64)),
-        "longest": _by_part(longest.max(axis=0))
-        | {"sequence": int((longest[:, 0] + longest[:, 1:].max(axis=1)).max())},
+        "longest": _by_part(lengths.max(axis=0, initial=0))
+        | {"sequence": int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0))},
     }
+
+
+def _dropped(encoded: pa.Table) -> dict[str, int]:
+    counts = pc.value_counts(encoded["dropped"]).to_pylist()  # in the order of their first rows
+    return {found["values"]: found["counts"] for found in counts if found["values"]}
+
+
+def _with_text(encoded: pa.Table, name: str, nothing: str | None) -> Iterator[tuple[int, str]]:
+    """(row, text) where the column has another text than `nothing`."""
+    for batch in encoded.select(["row", name]).to_batches():
+        column = batch[name]
+        is_there = column.is_valid() if nothing is None else pc.not_equal(column, nothing)
+        found = batch.filter(is_there)
+        yield from zip(*(column.to_pylist() for column in found.columns), strict=True)
 
 
 def _example(row: int, prompt_end: str) -> dict[str, Any]:
@@ -42,9 +56,8 @@ def _example(row: int, prompt_end: str) -> dict[str, Any]:
 def _surprises(encoded: pa.Table) -> dict[str, dict[str, Any]]:
     """Kind -> number of rows, and the first of them with its example."""
     found: dict[str, dict[str, Any]] = {}
-    texts, rows = encoded["surprises"].to_pylist(), encoded["row"].to_pylist()
-    for row, text in zip(rows, texts, strict=True):
-        for kind, example in (json.loads(text) if text else {}).items():
+    for row, text in _with_text(encoded, "surprises", ""):
+        for kind, example in json.loads(text).items():
             entry = found.setdefault(kind, {"rows": 0, "row": row, "example": example})
             entry["rows"] += 1
     return dict(sorted(found.items()))

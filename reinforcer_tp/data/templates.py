@@ -16,7 +16,8 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import SecurityError
@@ -28,6 +29,7 @@ CPU_S = 2  # that the three texts of a row may take; at most a second more is no
 MEMORY_BYTES = 1 << 30  # over what the process had
 TEXT_CHARACTERS = 16 << 20  # of a rendered text
 TEMPLATE_CHARACTERS = 1 << 20
+_UNSENT_BYTES = 1 << 16
 _FRAME = struct.Struct("<cQ")  # kind, bytes that follow
 _TEXT, _REFUSAL, _LIMIT = b"t", b"r", b"l"
 _OURS = "set policy.tokenizer.chat_template to a template that you trust"
@@ -105,7 +107,7 @@ class _Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer  # keeps its id its own
         requests, self._requests = os.pipe()
-        self._answers, answers = os.pipe()
+        read_end, answers = os.pipe()
         lives_with_parent = threading.current_thread() is threading.main_thread()
         parent = os.getpid()
         self._pid: int | None = os.fork()
@@ -117,6 +119,7 @@ class _Renderer:
                 os._exit(1)
         os.close(requests)
         os.close(answers)
+        self._answers = open(read_end, "rb")  # noqa: SIM115
 
     def render(self, rows: Sequence[Conversation]) -> list[Rendered]:
         message = json.dumps(rows).encode()
@@ -127,13 +130,13 @@ class _Renderer:
             raise TemplateLimitError(f"{self._cause_of_death()}; {_OURS}") from None
 
     def _answer(self) -> Rendered:
-        kind, text = _receive(self._answers)
+        kind, text = _receive(self._answers.read)
         if kind == _LIMIT:
             stop_rendering()
             raise TemplateLimitError(f"the chat template {text}; {_OURS}")
         if kind == _REFUSAL:
             return Refusal(text)
-        return text, _receive(self._answers)[1], _receive(self._answers)[1]
+        return text, _receive(self._answers.read)[1], _receive(self._answers.read)[1]
 
     def _cause_of_death(self) -> str:
         status = self._wait()
@@ -151,7 +154,7 @@ class _Renderer:
 
     def close(self) -> None:
         os.close(self._requests)
-        os.close(self._answers)
+        self._answers.close()
         if self._pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
@@ -193,13 +196,18 @@ def _lower(kind: int, limit: int) -> None:
 def _serve(tokenizer: PreTrainedTokenizerBase, requests: int, answers: int) -> None:
     while True:
         try:
-            _, message = _receive(requests)
+            _, message = _receive(partial(os.read, requests))
         except EOFError:
             return
+        unsent = bytearray()  # a call of the system for many rows
         for row in json.loads(message):
-            frames = list(_texts(tokenizer, Conversation(*row)))
-            packed = [(kind, text.encode("utf-8", "surrogatepass")) for kind, text in frames]
-            _write(answers, b"".join(_FRAME.pack(k, len(text)) + text for k, text in packed))
+            for kind, text in _texts(tokenizer, Conversation(*row)):
+                content = text.encode("utf-8", "surrogatepass")
+                unsent += _FRAME.pack(kind, len(content)) + content
+            if len(unsent) > _UNSENT_BYTES:
+                _write(answers, bytes(unsent))
+                unsent.clear()
+        _write(answers, bytes(unsent))
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> list[tuple[bytes, str]]:
@@ -222,8 +230,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> list[tuple[
 def _apply(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator[str]:
     apply, kwargs = tokenizer.apply_chat_template, row.kwargs
     yield apply(row.prompt, add_generation_prompt=True, tokenize=False, **kwargs)
-    yield apply(row.prompt + row.chosen, tokenize=False, **kwargs)
-    yield apply(row.prompt + row.rejected, tokenize=False, **kwargs)
+    yield from apply([row.prompt + row.chosen, row.prompt + row.rejected], tokenize=False, **kwargs)
 
 
 def _lower_cpu() -> None:
@@ -232,15 +239,15 @@ def _lower_cpu() -> None:
     _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + CPU_S + 1)
 
 
-def _receive(pipe: int) -> tuple[bytes, str]:
-    kind, size = _FRAME.unpack(_read(pipe, _FRAME.size))
-    return kind, _read(pipe, size).decode("utf-8", "surrogatepass")
+def _receive(read: Callable[[int], bytes]) -> tuple[bytes, str]:
+    kind, size = _FRAME.unpack(_read(read, _FRAME.size))
+    return kind, _read(read, size).decode("utf-8", "surrogatepass")
 
 
-def _read(pipe: int, size: int) -> bytes:
+def _read(read: Callable[[int], bytes], size: int) -> bytes:
     parts = []
     while size > 0:
-        part = os.read(pipe, min(size, 1 << 20))
+        part = read(min(size, 1 << 20))
         if not part:
             raise EOFError
         parts.append(part)

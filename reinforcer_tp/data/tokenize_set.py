@@ -1,23 +1,28 @@
-"""One split: rows -> checked pairs -> `datasets.map` -> arrays on disk, every row accounted for."""
+"""One split: rows -> checked pairs -> token ids -> arrays on disk, every row accounted for.
+
+Rows pass through by the batch, so that memory does not grow with their number.
+"""
 
 import hashlib
 import json
-import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from reinforcer_tp.data.chat import EncodeOptions, PairEncoder
-from reinforcer_tp.data.files import progress_bars
+from reinforcer_tp.data.encode_set import (
+    Mistakes,
+    PairWriter,
+    encode_pairs,
+    find_mistakes,
+    save_set,
+)
 from reinforcer_tp.data.hub import one_line
 from reinforcer_tp.data.pairs import (
     BadRow,
@@ -26,38 +31,12 @@ from reinforcer_tp.data.pairs import (
     UnusableRow,
     half_character,
 )
-from reinforcer_tp.data.set_counts import set_counts
 from reinforcer_tp.data.shapes import pair_from_row
-from reinforcer_tp.data.templates import stop_rendering
-from reinforcer_tp.data.tokenized import TokenizedSet
 from reinforcer_tp.data.tokenizer import check_tokenizer, tokenizer_fingerprint
 from reinforcer_tp.untrusted import INDEX_BYTES, read_json
 
 VERSION = 3  # of the arrays and of how rows become them: part of every set's key
-BATCH_SIZE = 64  # pairs that are tokenized together
-MANY_ROWS = 5_000  # that take long enough for a progress bar
-
-_PAIRS = datasets.Features(
-    {
-        "pair": datasets.Value("large_string"),  # PreferencePair.to_json
-        "row": datasets.Value("int64"),
-    }
-)
-_ENCODED = datasets.Features(
-    {
-        "ids": datasets.List(datasets.Value("int32")),  # prompt, chosen, rejected; none if dropped
-        "lengths": datasets.List(datasets.Value("int32")),  # 3
-        "dropped": datasets.Value("string"),  # reason, "" = used
-        "mistake": datasets.Value("string"),
-        "prompt_end": datasets.Value("string"),  # of a boundary mismatch, else null
-        "is_truncated": datasets.Value("bool"),
-        "surprises": datasets.Value("string"),  # JSON, "" = none
-        "weight": datasets.Value("float64"),
-        "margin": datasets.Value("float64"),
-        "reference": datasets.List(datasets.Value("float64")),  # 2, NaN where there are none
-        "row": datasets.Value("int64"),
-    }
-)
+ROWS_AT_ONCE = 256  # read from a Dataset and written as pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +58,7 @@ class _RowCounts:
     zero_weight: int = 0
     with_reference: int = 0  # of the pairs that are tokenized
     kinds: set[bool] = field(default_factory=set)  # is_chat of the pairs
-    mistakes: list[tuple[int, str]] = field(default_factory=list)  # (row, what is wrong)
+    mistakes: Mistakes = field(default_factory=Mistakes)
     digest: Any = field(default_factory=hashlib.sha256)
 
 
@@ -108,10 +87,11 @@ def tokenize_set(
         check_tokenizer(tokenizer, counts.kinds)
         folder = cache_dir / _key(counts, tokenizer, options)
         if not folder.exists():
-            encoded = _encode(building / "pairs.arrow", tokenizer, options)
+            encoder = PairEncoder(tokenizer, options.encode)
+            encoded = encode_pairs(building / "pairs.arrow", encoder, options.num_workers)
             if options.on_bad_row == "error":
-                _raise_mistakes(_mistakes(encoded), counts.rows_read, source)
-            _save(encoded, building / "set")
+                _raise_mistakes(find_mistakes(encoded), counts.rows_read, source)
+            save_set(encoded, building / "set")
             _rename(building / "set", folder)
     report = _report(source, counts, read_json(folder / "counts.json", INDEX_BYTES))
     if report["used"] == 0:
@@ -124,12 +104,22 @@ def tokenize_set(
     return folder, report
 
 
+def each_row(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """`rows`; those of a Dataset come by the batch, as its own iterator takes them one by one."""
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
+        yield from rows
+        return
+    for batch in rows.iter(ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
 def _write_pairs(
     rows: Iterable[Mapping[str, Any]], path: Path, spec: TaskDataSpec, options: SetOptions
 ) -> _RowCounts:
     counts = _RowCounts()
-    with ArrowWriter(features=_PAIRS, path=str(path)) as writer:
-        for index, row in enumerate(rows):
+    with PairWriter(path) as writer:
+        for index, row in enumerate(each_row(rows)):
             counts.rows_read += 1
             found = _read_pair(row, index, spec, options, counts)
             if found is None:
@@ -138,8 +128,7 @@ def _write_pairs(
             counts.digest.update(f"{index}\n{text}\n".encode())
             counts.kinds.add(pair.is_chat)
             counts.with_reference += pair.reference is not None
-            writer.write({"pair": text, "row": index})
-        writer.finalize()
+            writer.write(text, index)
     return counts
 
 
@@ -159,7 +148,7 @@ def _read_pair(
         return None
     except BadRow as mistake:
         if options.on_bad_row == "error":
-            counts.mistakes.append((index, str(mistake)))
+            counts.mistakes.add(index, str(mistake))
         counts.dropped[mistake.reason] += 1
         return None
     counts.ties_kept += pair.tie
@@ -192,12 +181,14 @@ def _check_reference(counts: _RowCounts, source: str) -> None:
         )
 
 
-def _raise_mistakes(mistakes: list[tuple[int, str]], rows_read: int, source: str) -> None:
-    if not mistakes:
+def _raise_mistakes(mistakes: Mistakes, rows_read: int, source: str) -> None:
+    if not mistakes.first:
         return
-    (row, text), *others = mistakes
+    (row, text), *others = mistakes.first
     if others:
-        text += f"; {len(others)} more of {rows_read} rows are wrong, the next is {others[0][0]}"
+        text += (
+            f"; {mistakes.count - 1} more of {rows_read} rows are wrong, the next is {others[0][0]}"
+        )
     raise ValueError(f"{source}, row {row} (counted from 0): {text}")
 
 
@@ -211,73 +202,6 @@ def _key(counts: _RowCounts, tokenizer: PreTrainedTokenizerBase, options: SetOpt
         options.on_bad_row,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
-
-
-def _encode(path: Path, tokenizer: PreTrainedTokenizerBase, options: SetOptions) -> pa.Table:
-    pairs = datasets.Dataset.from_file(str(path))
-    if len(pairs) == 0:
-        return _ENCODED.arrow_schema.empty_table()
-    num_proc = min(options.num_workers, len(pairs))
-    with progress_bars(shown=len(pairs) >= MANY_ROWS):
-        encoded = pairs.map(
-            _encode_batch,
-            batched=True,
-            batch_size=BATCH_SIZE,
-            fn_kwargs={"tokenizer": tokenizer, "options": options.encode},
-            remove_columns=["pair"],
-            features=_ENCODED,
-            num_proc=num_proc if num_proc > 1 else None,
-            load_from_cache_file=False,  # the set's own key decides
-            new_fingerprint="encoded",
-            desc="Tokenizing pairs",
-        )
-    stop_rendering()
-    return encoded.with_format("arrow")[:]
-
-
-def _encode_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
-) -> dict[str, list]:
-    pairs = [PreferencePair.from_json(text) for text in batch["pair"]]
-    encoded = PairEncoder(tokenizer, options).encode(pairs)
-    return {
-        "ids": [[*pair.prompt, *pair.chosen, *pair.rejected] for pair in encoded],
-        "lengths": [[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in encoded],
-        "dropped": [pair.dropped for pair in encoded],
-        "mistake": [pair.mistake for pair in encoded],
-        "prompt_end": [pair.boundary_mismatch for pair in encoded],
-        "is_truncated": [pair.is_truncated for pair in encoded],
-        "surprises": [json.dumps(pair.surprises) if pair.surprises else "" for pair in encoded],
-        "weight": [pair.weight for pair in pairs],
-        "margin": [pair.margin for pair in pairs],
-        "reference": [pair.reference or (math.nan, math.nan) for pair in pairs],
-        "row": batch["row"],
-    }
-
-
-def _mistakes(encoded: pa.Table) -> list[tuple[int, str]]:
-    rows, texts = encoded["row"].to_pylist(), encoded["mistake"].to_pylist()
-    return [(row, text) for row, text in zip(rows, texts, strict=True) if text]
-
-
-def _save(encoded: pa.Table, folder: Path) -> None:
-    is_used = np.array([reason == "" for reason in encoded["dropped"].to_pylist()], dtype=bool)
-    pairs = TokenizedSet(
-        tokens=_numbers(encoded["ids"]),  # dropped rows have none
-        lengths=_numbers(encoded["lengths"]).reshape(-1, 3)[is_used],
-        weights=encoded["weight"].to_numpy()[is_used].astype(np.float32),
-        rows=encoded["row"].to_numpy()[is_used],
-        margins=encoded["margin"].to_numpy()[is_used].astype(np.float32),
-        reference_sums=_numbers(encoded["reference"], np.float64).reshape(-1, 2)[is_used],
-    )
-    folder.mkdir()
-    pairs.save(folder)
-    (folder / "counts.json").write_text(json.dumps(set_counts(encoded, pairs)))
-
-
-def _numbers(column: pa.ChunkedArray, dtype: type = np.int32) -> np.ndarray:
-    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return np.concatenate([np.empty(0, dtype), *chunks])
 
 
 def _rename(building: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokenized pairs as flat arrays on disk, memory-mapped by every rank of a node."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,8 +127,8 @@ class TokenizedSet(Sequence[TokenizedPair]):
 
     def save(self, folder: Path) -> None:
         arrays = vars(self) | {"lengths": self._lengths}
-        for name in _ARRAYS:
-            np.save(folder / f"{name}.npy", arrays[name], allow_pickle=False)
+        arrays = {name: arrays[name] for name in _ARRAYS}
+        write_arrays(folder, [arrays], num_pairs=len(self), num_tokens=len(self.tokens))
 
     @classmethod
     def open(cls, folder: Path) -> "TokenizedSet":
@@ -150,3 +151,21 @@ class TokenizedSet(Sequence[TokenizedPair]):
                 f"{folder} holds {len(arrays['tokens'])} tokens, expected {expected}; delete it"
             )
         return cls(**arrays)
+
+
+def write_arrays(
+    folder: Path, parts: Iterable[Mapping[str, np.ndarray]], *, num_pairs: int, num_tokens: int
+) -> None:
+    """A set's files from its arrays, which come in `parts` of some pairs each, in their order."""
+    shapes = dict.fromkeys(_ARRAYS, (num_pairs,))
+    shapes |= {"tokens": (num_tokens,), "lengths": (num_pairs, 3), "reference_sums": (num_pairs, 2)}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name, dtype in _ARRAYS.items():
+            files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for arrays in parts:
+            for name, dtype in _ARRAYS.items():
+                files[name].write(np.ascontiguousarray(arrays[name], dtype))

@@ -1,5 +1,6 @@
 """The tokenizer of a folder or a hub id: loading, what rows need of it, what identifies it."""
 
+import functools
 import hashlib
 import json
 import re
@@ -139,28 +140,38 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash that changes whenever the tokenizer or its template may give other ids."""
-    return _hash([*_vocabulary(tokenizer), tokenizer.chat_template])
+    return _hash(*_vocabulary(tokenizer), json.dumps(tokenizer.chat_template, sort_keys=True))
 
 
 def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The same in two parts, by name."""
     return {
-        "tokenizer": _hash(_vocabulary(tokenizer)),
-        "chat_template": _hash(tokenizer.chat_template),
+        "tokenizer": _hash(*_vocabulary(tokenizer)),
+        "chat_template": hashlib.sha256(
+            json.dumps(tokenizer.chat_template, sort_keys=True).encode()
+        ).hexdigest(),
     }
 
 
-def _hash(described: Any) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def _hash(*described: str) -> str:
+    """Of a list of values, each as JSON."""
+    return hashlib.sha256(f"[{', '.join(described)}]".encode()).hexdigest()
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Values as JSON."""
     if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content |= {"truncation": None, "padding": None}  # state of the last call
+        content = _without_state(tokenizer.backend_tokenizer.to_str())
     else:
-        content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+        described = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
         settings = tokenizer.init_kwargs.items()
-        content["settings"] = {k: repr(value) for k, value in settings if k != "chat_template"}
+        described["settings"] = {k: repr(value) for k, value in settings if k != "chat_template"}
+        content = json.dumps(described, sort_keys=True)
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return [content, names, tokenizer.all_special_ids]
+    return [content, json.dumps(names, sort_keys=True), json.dumps(tokenizer.all_special_ids)]
+
+
+@functools.lru_cache(maxsize=2)  # a start asks several times, and this is most of what it takes
+def _without_state(text: str) -> str:
+    """A tokenizer's JSON without what its last call left."""
+    return json.dumps(json.loads(text) | {"truncation": None, "padding": None}, sort_keys=True)

@@ -163,6 +163,7 @@ def test_a_set_without_margins_and_reference():
     assert made[1] == TokenizedPair(prompt=[3], chosen=[4, 5], rejected=[6], row=1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 3000), st.integers(1, 9), st.floats(-1e6, 0), st.floats(-1e6, 0)),
@@ -230,11 +231,11 @@ def test_the_key_follows_what_decides_the_arrays(tmp_path):
 def test_a_second_run_does_not_tokenize(tmp_path, monkeypatch):
     config = {"train_data_path": jsonl(tmp_path / "a.jsonl", [text_row(i) for i in range(5)])}
     first = prepare(config)
-    monkeypatch.setattr(tokenize_set_module, "_encode", None)
+    monkeypatch.setattr(tokenize_set_module, "encode_pairs", None)
     again = prepare(config)
     assert list(again.train) == list(first.train)
     assert (again.report, again.fingerprint) == (first.report, first.fingerprint)
-    with pytest.raises(TypeError):  # _encode is None: another length tokenizes anew
+    with pytest.raises(TypeError):  # encode_pairs is None: another length tokenizes anew
         prepare(config, max_total_sequence_length=39)
 
 
