@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from reinforcer_tp.hf_files import read_config
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", action="append", required=True, help="may be given again")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="an answer's length")
     args = parser.parse_args(argv)
+    disable_progress_bar()
     try:
         answers = [answer(folder, args.prompt, args.max_new_tokens) for folder in args.folders]
     except ValueError as error:
@@ -64,7 +66,7 @@ def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> s
     ).to(model.device)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0]
     ids = ids[inputs["input_ids"].shape[1] :].tolist()
-    is_whole = ids[-1] == tokenizer.eos_token_id
+    is_whole = len(ids) < max_new_tokens or ids[-1] == tokenizer.eos_token_id
     return tokenizer.decode(ids, skip_special_tokens=True).strip() + ("" if is_whole else " ...")
 
 

@@ -76,7 +76,7 @@ class _Cursor:
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"GGUF: {what} is no UTF-8 text ({error.reason})") from None
+            raise ValueError(f"GGUF: {what} is no text ({error.reason}); expected UTF-8") from None
 
 
 def parse_gguf(content: bytes) -> Gguf:

