@@ -63,10 +63,12 @@ TRAINING = [c for c in commands() if "reinforcer_tp/train.py" in c]
 
 @pytest.mark.parametrize("command", TRAINING, ids=range(len(TRAINING)))
 def test_every_training_command_is_valid(command):
-    """With --check, and a model that is here in place of one of the hub's."""
+    """With --check, and a model that is here in place of one of the hub's or of `make model`."""
     arguments = shlex.split(command)
     script = arguments.index("reinforcer_tp/train.py")
     overrides = [a for a in arguments[script + 1 :] if not a.startswith("policy.model_name=")]
+    if "configs/dpo_smollm2.yaml" in overrides:
+        overrides.append("policy.model_name=embedded")
     if "--check" not in overrides:
         overrides.append("--check")
     result = subprocess.run(

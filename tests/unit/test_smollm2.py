@@ -19,11 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import smollm2
 from benchmarks.gguf_file import parse_gguf
+from reinforcer_tp.config import load_config
+from reinforcer_tp.data.load import load_preference_dataset
+from reinforcer_tp.data.shapes import pair_from_row
 from reinforcer_tp.data.tokenizer import load_tokenizer
 from tests.unit.gguf_writer import weight
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = os.environ.get("REINFORCER_TP_ASSETS")
+POLITE = "datasets/rasbt_polite/instruction-data-with-preference.json"
 HEAD_SIZE = 64
 # First and last: Latin, accents, Greek to Arabic with its digits, Devanagari and Thai, white space
 # and super- and subscripts, fractions and Roman numbers, circled numbers, CJK, Hangul, emoji.
@@ -157,8 +161,8 @@ def test_the_tokenizer_is_the_published_one(folder):
         "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xD800)))) for _ in range(40))
         for _ in range(500)
     ]
-    rows = Path(ASSETS, "datasets/rasbt_polite/instruction-data-with-preference.json")
-    texts += [text for row in json.loads(rows.read_text()) for text in row.values()]
+    rows = json.loads(Path(ASSETS, POLITE).read_text())
+    texts += [text for row in rows for text in row.values()]
     hh = Path(ASSETS, "datasets/hh_rlhf/helpful-base/test").glob("*.jsonl.gz")
     for path in hh:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -182,3 +186,23 @@ def test_the_tokenizer_is_the_published_one(folder):
                 for tokenizer in (ours, theirs)
             ]
             assert rendered[0] == rendered[1] and len(rendered[0]) > 20
+
+
+@pytest.mark.skipif(not ASSETS, reason="REINFORCER_TP_ASSETS is not set: no rasbt_polite")
+def test_its_configuration_reads_the_pairs_as_they_are_downloaded():
+    path = Path(ASSETS, POLITE)
+    config = load_config(
+        str(ROOT / "configs" / "dpo_smollm2.yaml"), [f"data.train_data_path={path}"]
+    )
+    rows = json.loads(path.read_text())
+    splits = load_preference_dataset(config.data).formatted_ds
+    assert list(splits["train"]) + list(splits["validation"]) == rows
+    assert (len(splits["train"]), len(splits["validation"])) == (1000, 100)
+    for row in rows[-100:]:
+        pair = pair_from_row(row)
+        expected = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
+        assert pair.prompt == [{"role": "user", "content": expected}]
+        assert [pair.chosen[0]["content"], pair.rejected[0]["content"]] == [
+            row["chosen"],
+            row["rejected"],
+        ]
