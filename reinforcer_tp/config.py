@@ -252,7 +252,10 @@ class DataConfig:
     chosen_key: str | None = None  # column of the chosen response
     rejected_key: str | None = None  # column of the rejected response
     subset: str | None = None  # configuration of a hub dataset
-    split: str | None = None  # split to train on; null = train
+    split: str | None = None  # split to train on, or a slice: train[:1000]; null = train
+    val_split: str | None = (
+        None  # to validate on; of train_data_path if val_data_path is null; ours
+    )
     ignore_columns: list[str] = field(default_factory=list)  # columns not to read; ours
     prompt_file: str | None = None  # text file put around the prompt, {} stands for it
     system_prompt_file: str | None = None  # text file with a system message

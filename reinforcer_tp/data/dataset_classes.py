@@ -33,6 +33,7 @@ class FileDataset:
         rejected_key: str | None = None,
         subset: str | None = None,
         split: str | None = None,
+        val_split: str | None = None,
     ):
         is_chat = chosen_key == "chosen_response" or rejected_key == "rejected_response"
         suffix = "_response" if is_chat else ""
@@ -41,7 +42,9 @@ class FileDataset:
             f"chosen{suffix}": chosen_key,
             f"rejected{suffix}": rejected_key,
         }
-        self.formatted_ds = _load_splits(train_data_path, val_data_path, names, subset, split)
+        self.formatted_ds = _load_splits(
+            train_data_path, val_data_path, names, subset, split, val_split
+        )
         self.task_spec = TaskDataSpec(dataset_name=Path(train_data_path).name)
 
 
@@ -114,6 +117,7 @@ def _load_splits(
     names: dict[str, str | None],
     subset: str | None = None,
     split: str | None = None,
+    val_split: str | None = None,
 ) -> dict[str, datasets.Dataset | None]:
     """Both splits, with the columns of `names` (new -> old; None leaves it) renamed."""
     if train_data_path is None:
@@ -121,15 +125,33 @@ def _load_splits(
     train = Source(path=train_data_path, key="data.train_data_path", subset=subset, split=split)
     splits: dict[str, datasets.Dataset | None] = {"train": _load_renamed(train, names)}
     splits["validation"] = None
+    if val_data_path is None and val_split is not None:
+        _check_held_out(train, val_split)
+        val_data_path = train_data_path
     if val_data_path is not None:
         validation = Source(
             path=val_data_path,
             key="data.val_data_path",
             subset=None if home_path(val_data_path).is_file() else subset,
+            split=val_split,
+            split_key="data.val_split",
             default_splits=("validation", "test", "train"),
         )
         splits["validation"] = _load_renamed(validation, names)
     return splits
+
+
+def _check_held_out(train: Source, val_split: str) -> None:
+    """ValueError where one split of the same source holds the other."""
+    trained = train.split or "train"
+    names = {part.partition("[")[0].strip() for part in (trained, val_split)}
+    is_sliced = "[" in trained and "[" in val_split and trained != val_split
+    if len(names) == 1 and not is_sliced:
+        raise ValueError(
+            f"data.val_split={val_split} and data.split={trained} of {train.path} share rows, so "
+            "that validation would see what was trained on; expected parts, as in "
+            "data.split=train[:1000] data.val_split=train[1000:]"
+        )
 
 
 def _load_renamed(source: Source, names: dict[str, str | None]) -> datasets.Dataset:

@@ -28,6 +28,7 @@ LOADING_KEYS = (
     "rejected_key",
     "subset",
     "split",
+    "val_split",
 )
 
 

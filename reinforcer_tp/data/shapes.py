@@ -4,6 +4,7 @@
     prompt, chosen_response, rejected_response         dataset classes: messages, text becomes one
     context, completions [{rank, completion}, ...]     ranked, the lower rank is chosen: messages
     prompt, chosen, rejected                           TRL, explicit prompt: text or messages
+    instruction, chosen, rejected, maybe input         Alpaca: text, becomes messages
     chosen, rejected                                   TRL, the prompt is what both begin with
     chosen, rejected with Human: and Assistant: turns  hh-rlhf: text
 
@@ -120,6 +121,19 @@ def _read_ranked(row: dict) -> PreferencePair:
     )
 
 
+def _read_instruction(row: dict) -> PreferencePair:
+    texts = {name: row[name] for name in ("instruction", "input") if name in row}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise BadRow("not_text", f"{name} is {kind(text)}; expected text")
+    return PreferencePair(
+        prompt=_as_messages("\n".join(filter(None, texts.values())), "instruction", "user"),
+        chosen=_as_messages(row["chosen"], "chosen", "assistant"),
+        rejected=_as_messages(row["rejected"], "rejected", "assistant"),
+        shape="instruction, input, chosen, rejected (chat)",
+    )
+
+
 def _read_chosen_rejected(row: dict) -> PreferencePair:
     """TRL's rules; a mixture that TRL does not define is read as messages."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -130,7 +144,7 @@ def _read_chosen_rejected(row: dict) -> PreferencePair:
         raise BadRow("not_text", "one side is text, the other messages; expected the same of both")
     if isinstance(chosen, str):
         if prompt is None:
-            return _split_text(chosen, rejected)
+            return _read_instruction(row) if "instruction" in row else _split_text(chosen, rejected)
         if isinstance(prompt, str):
             shape = "prompt, chosen, rejected (text)"
             return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, shape=shape)

@@ -26,6 +26,7 @@ class Source:
     key: str  # the configuration key that holds it, for messages
     subset: str | None = None
     split: str | None = None  # may have a slice: train[:1000]
+    split_key: str = "data.split"  # the configuration key that holds it
     default_splits: tuple[str, ...] = ("train",)  # where split is None: the first that there is
 
     def __str__(self) -> str:
@@ -65,7 +66,8 @@ def _load_file(path: Path, source: Source) -> datasets.Dataset:
     if source.subset is not None or _split_name(source) not in (None, "train"):
         raise ValueError(
             f"{source} is a file and has no subsets or splits; got subset={source.subset}, "
-            f"split={source.split}; set data.subset and data.split to null"
+            f"split={source.split}; set data.subset and {source.split_key} to null, or to a slice "
+            "of it: train[:1000]"
         )
     return load_files([path])
 
@@ -136,7 +138,7 @@ def _choose_split(available: set[str], source: Source) -> str:
         return available.pop()
     raise ValueError(
         f"{source} has the splits {', '.join(sorted(available))}; expected "
-        f"{wanted or ' or '.join(source.default_splits)}; set data.split"
+        f"{wanted or ' or '.join(source.default_splits)}; set {source.split_key}"
     )
 
 
@@ -148,7 +150,8 @@ def _slice(rows: datasets.Dataset, source: Source) -> datasets.Dataset:
         part = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(rows)})[0]
     except (ValueError, AssertionError) as error:
         raise ValueError(
-            f"data.split={source.split} is no slice ({error}); expected train[:1000] or train[:10%]"
+            f"{source.split_key}={source.split} is no slice ({error}); expected train[:1000] "
+            "or train[:10%]"
         ) from error
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 

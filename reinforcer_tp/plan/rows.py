@@ -70,7 +70,7 @@ def read_pairs(config: Config, assumed: Assumed) -> tuple[TokenizedSet, str]:
             name = ensure_embedded().model
         tokenizer = load_tokenizer(name, config.policy.tokenizer.chat_template)
         prepared = prepare_data(
-            dataclasses.replace(data, val_data_path=None),
+            dataclasses.replace(data, val_data_path=None, val_split=None),
             tokenizer=tokenizer,
             max_total_sequence_length=config.policy.max_total_sequence_length,
             chat_template_kwargs=config.policy.tokenizer.chat_template_kwargs,

@@ -189,6 +189,40 @@ def test_folders_and_their_splits(tmp_path):
         FileDataset(str(folder / "test.jsonl"), split="test")
 
 
+def test_one_file_in_two_parts(tmp_path):
+    rows = [*named("one"), *named("two"), *named("three")]
+    path = write(tmp_path / "a.jsonl", rows)
+
+    def parts(split, val_split, val_data_path=None):
+        config = {"train_data_path": path, "val_data_path": val_data_path}
+        config |= {"split": split, "val_split": val_split}
+        found = load_preference_dataset(config).formatted_ds
+        return [None if part is None else list(part) for part in found.values()]
+
+    assert parts("train[:2]", "train[2:]") == [rows[:2], rows[2:]]
+    assert parts("train[:2]", "train[1:2]", path) == [rows[:2], rows[1:2]]  # as it was asked for
+    assert parts("train[:2]", None) == [rows[:2], None]
+    for split, val_split in (
+        (None, "train[2:]"),
+        ("train[:2]", "train"),
+        ("train[:2]", "train[:2]"),
+    ):
+        with pytest.raises(ValueError, match=r"share rows.*as in data\.split="):
+            parts(split, val_split)
+    with pytest.raises(ValueError, match=r"has no subsets or splits; .*set .* and data\.val_split"):
+        parts("train[:2]", "test")
+    with pytest.raises(ValueError, match=r"data\.val_split=train\[x is no slice"):
+        parts("train[:2]", "train[x")
+
+
+def test_a_folder_validates_on_the_split_that_is_asked_for(tmp_path):
+    for name in ("train", "dev", "test"):
+        write(tmp_path / f"{name}.jsonl", named(name))
+    config = {"train_data_path": str(tmp_path), "val_split": "test"}
+    found = load_preference_dataset(config).formatted_ds
+    assert [list(part) for part in found.values()] == [named("train"), named("test")]
+
+
 def test_saved_datasets(tmp_path):
     rows = datasets.Dataset.from_list(named("saved"))
     rows.save_to_disk(tmp_path / "one")

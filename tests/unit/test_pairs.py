@@ -83,6 +83,27 @@ ROWS = {
         {"prompt": "What color is the sky?", "chosen": BLUE, "rejected": GREEN},
         (SKY, BLUE, GREEN),
     ),
+    "Alpaca": (
+        {"instruction": "What color is the sky?", "input": "", "output": "It is grey.",
+         "chosen": "It is blue.", "rejected": "It is green."},
+        (SKY, BLUE, GREEN),
+    ),
+    "Alpaca with an input": (
+        {"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
+        ([user("Add.\n2, 2")], [assistant("4")], [assistant("5")]),
+    ),
+    "Alpaca, input missing": (
+        {"instruction": "Add.", "input": None, "chosen": "4", "rejected": "5"},
+        ([user("Add.")], [assistant("4")], [assistant("5")]),
+    ),
+    "a prompt wins over an instruction": (
+        {"prompt": "p", "instruction": "other", "chosen": "a", "rejected": "b"},
+        ("p", "a", "b"),
+    ),
+    "whole conversations win over an instruction": (
+        {"instruction": "other", "chosen": SKY + BLUE, "rejected": SKY + GREEN},
+        (SKY, BLUE, GREEN),
+    ),
     "hh-rlhf": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the one",
          "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the other"},
@@ -160,6 +181,10 @@ MISTAKES = [
     (CHAT | {"chosen": [assistant("")]}, "empty_response", ["chosen"]),
     (TEXT | {"chosen": 7}, "not_text", ["chosen is int (7)"]),
     (TEXT | {"rejected": BLUE}, "not_text", ["the same of both"]),
+    ({"instruction": 3, "chosen": "a", "rejected": "b"}, "not_text", ["instruction is int (3)"]),
+    ({"instruction": "q", "input": [1], "chosen": "a", "rejected": "b"}, "not_text",
+     ["input is list"]),
+    ({"instruction": "q", "chosen": " ", "rejected": "b"}, "empty_response", ["chosen"]),
     (RESPONSES | {"prompt": 3.5}, "not_text", ["prompt is float"]),
     (CHAT | {"chosen": [assistant(None)]}, "not_text", ["chosen[0]", "null"]),
     (CHAT | {"chosen": [assistant([{"type": "text"}])]}, "not_text", ["content of type list"]),
