@@ -4,11 +4,10 @@
 
 Runs under the Python of TRL's own environment and imports nothing of this project. The settings
 are those of `benchmarks.vs_trl_runs.trl_settings`. Into `folder` go: steps.jsonl, a line a step
-(step, loss, grad_norm, lr, the mean log-probs of both sides, and `pairs`: digests of the token ids
-that the model was given), and run.json (seconds of the precompute, versions).
+(step, loss, grad_norm, lr, the mean log-probs of both sides, and `pairs`: the token ids that the
+model was given), and run.json (seconds of the precompute, versions).
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -96,27 +95,22 @@ class RecordedTrainer(DPOTrainer):
         return dataset
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        digests = pair_digests(inputs)
+        pairs = given_pairs(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.seen.append({"loss": loss.item(), "pairs": digests})
+        self.seen.append({"loss": loss.item(), "pairs": pairs})
         return loss
 
 
-def pair_digests(inputs: dict) -> list[str]:
-    """Of each pair's ids: prompt, chosen, rejected. `inputs` are the chosen sides, then the
-    rejected ones, padded."""
+def given_pairs(inputs: dict) -> list[dict]:
+    """Each pair's two sides as (ids, number of those that are prompt), without padding. `inputs`
+    are all chosen sides, then all rejected ones."""
     sides = []
     for ids, kept, completion in zip(
         inputs["input_ids"], inputs["attention_mask"].bool(), inputs["completion_mask"].bool()
     ):
-        sides.append((ids[kept & ~completion].tolist(), ids[kept & completion].tolist()))
+        sides.append([ids[kept].tolist(), int((kept & ~completion).sum())])
     chosen, rejected = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-    return [digest(a[0], a[1], b[0], b[1]) for a, b in zip(chosen, rejected, strict=True)]
-
-
-def digest(prompt: list[int], chosen: list[int], other_prompt: list[int], rejected: list[int]):
-    text = json.dumps([prompt, chosen, other_prompt, rejected])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return [{"chosen": a, "rejected": b} for a, b in zip(chosen, rejected, strict=True)]
 
 
 class StepWriter(TrainerCallback):
