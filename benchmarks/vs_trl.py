@@ -32,6 +32,7 @@ from benchmarks.vs_trl_rows import (
     Pair,
     first_wrong_pair,
     select_pairs,
+    shared_tokens,
     steps_of_ours,
     steps_of_trl,
 )
@@ -162,7 +163,7 @@ def check_pairs(result: Result, expected: list[Pair], setting: Setting, folder: 
     case = result.case
     if result.contender == "ours":
         found = steps_of_ours(our_overrides(case, setting, folder), CONFIG, case.steps)
-        tokens = [sum(_shared_tokens(pair) for pair in pairs) for pairs in found]
+        tokens = [sum(map(shared_tokens, pairs)) for pairs in found]
         counted = [step["tokens"] for step in result.steps]
         if result.info["pairs_used"] != len(expected) or counted != tokens:
             raise RuntimeError(
@@ -174,11 +175,6 @@ def check_pairs(result: Result, expected: list[Pair], setting: Setting, folder: 
     wrong = first_wrong_pair(found, expected, case.pairs)
     if wrong is not None:
         raise RuntimeError(f"{result.contender} was given other tokens: {wrong}")
-
-
-def _shared_tokens(pair: Pair) -> int:
-    """Of a pair whose prompt is computed once."""
-    return len(pair.chosen[0]) + len(pair.rejected[0]) - pair.chosen[1]
 
 
 def _line(result: Result) -> str:

@@ -76,6 +76,11 @@ def tokenize(row: dict, tokenizer: PreTrainedTokenizerBase) -> Pair:
     return Pair(row=row, **{side: (whole[side], shared) for side in SIDES})
 
 
+def shared_tokens(pair: Pair) -> int:
+    """Of a pair whose prompt is computed once."""
+    return len(pair.chosen[0]) + len(pair.rejected[0]) - pair.chosen[1]
+
+
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     both = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in both if a != b), min(len(first), len(second)))

@@ -76,8 +76,9 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    stamps: list[float]
+    stamps: list[float]  # seconds from the start to the end of each step
     peak_gib: float
+    held_kib: list[tuple[float, int]]  # (seconds from the start, memory then)
 
 
 # What sets one TRL contender apart from another; README.md of the results says what they mean.
@@ -140,7 +141,7 @@ def _run_ours(name: str, round_: int, case: Case, setting: Setting, folder: Path
     environment = _environment(setting, folder) | {"PYTHONPATH": str(ROOT)}
     metrics = folder / "run" / "metrics.jsonl"
     watched = watch(command, environment, metrics, folder / "output.txt")
-    lines = _read_lines(metrics)
+    lines = read_lines(metrics)
     report = json.loads((folder / "run" / "data_report.json").read_text(encoding="utf-8"))
     names = {"loss": "loss", "grad_norm": "grad_norm", "lr": "lr", "tokens": "num_tokens"}
     names |= {"logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
@@ -188,7 +189,7 @@ def _run_trl(name: str, round_: int, case: Case, setting: Setting, folder: Path)
         contender=name,
         round=round_,
         case=case,
-        steps=_read_lines(steps),
+        steps=read_lines(steps),
         stamps=watched.stamps,
         peak_gib=watched.peak_gib,
         prepare_s=run.pop("precompute_s"),
@@ -213,7 +214,8 @@ def watch(command: list[str], environment: dict[str, str], steps: Path, output: 
     """Runs `command`; `steps` is the file to which it adds a line as each step ends. RuntimeError
     with the end of its output where it fails."""
     stamps: list[float] = []
-    peak_kib, next_look = 0, 0.0
+    held: list[tuple[float, int]] = []
+    peak_kib = 0
     begin = time.perf_counter()
     with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -224,9 +226,10 @@ def watch(command: list[str], environment: dict[str, str], steps: Path, output: 
                 time.sleep(POLL_S)
                 now = time.perf_counter() - begin
                 stamps += [now] * (_count_lines(steps) - len(stamps))  # one, but for tiny models
-                if now >= next_look:
-                    peak_kib = max(peak_kib, memory_kib(process.pid))
-                    next_look = now + MEMORY_POLL_S
+                if not held or now >= held[-1][0] + MEMORY_POLL_S:
+                    now_kib, most_kib = memory_kib(process.pid)
+                    peak_kib = max(peak_kib, most_kib)
+                    held += [(now, now_kib)] * (now_kib > 0)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -235,12 +238,14 @@ def watch(command: list[str], environment: dict[str, str], steps: Path, output: 
         said = output.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
         raise RuntimeError(f"{command[1:3]} ended with {process.returncode}: {said}")
     stamps += [time.perf_counter() - begin] * (_count_lines(steps) - len(stamps))
-    return Watched(stamps=stamps, peak_gib=peak_kib / 2**20)
+    return Watched(stamps=stamps, peak_gib=peak_kib / 2**20, held_kib=held)
 
 
-def memory_kib(pid: int) -> int:
-    """Most memory that the process has held (VmHWM), and what its children hold now (VmRSS)."""
-    return _status(pid, "VmHWM") + sum(_status(child, "VmRSS") for child in _descendants(pid))
+def memory_kib(pid: int) -> tuple[int, int]:
+    """What the process and its children hold (VmRSS), and the most that the process has held
+    (VmHWM) with what its children hold."""
+    children = sum(_status(child, "VmRSS") for child in _descendants(pid))
+    return _status(pid, "VmRSS") + children, _status(pid, "VmHWM") + children
 
 
 def _status(pid: int, name: str) -> int:
@@ -266,5 +271,5 @@ def _count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
