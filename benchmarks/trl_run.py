@@ -11,13 +11,10 @@ model was given), and run.json (seconds of the precompute, versions).
 import json
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
-import accelerate
-import datasets
 import torch
-import transformers
-import trl
 from datasets import load_dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -38,10 +35,10 @@ def main(path: str) -> None:
     with (folder / "steps.jsonl").open("w", encoding="utf-8") as file:
         trainer.add_callback(StepWriter(file, seen, settings["accumulation"]))
         trainer.train()
-    modules = (trl, torch, transformers, datasets, accelerate)
+    packages = ("trl", "torch", "transformers", "datasets", "accelerate")
     run = {
         "precompute_s": trainer.precompute_s,
-        "versions": {module.__name__: module.__version__ for module in modules},
+        "versions": {name: metadata.version(name) for name in packages},
         "threads": torch.get_num_threads(),
         "optimizer": str(trainer.args.optim),
         "attention": trainer.model.config._attn_implementation,
