@@ -88,7 +88,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"]
     )
-    parser.add_argument("--reference", nargs="+", choices=REFERENCES, default=list(REFERENCES))
+    parser.add_argument("--reference", nargs="+", choices=REFERENCES)
     parser.add_argument(
         "--all", action="store_true", help="more than 4 pairs in float32 and precomputed, too"
     )
@@ -105,7 +105,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS / "vs_trl")
     args = parser.parse_args(argv)
     if args.quick:
-        args.pairs, args.steps, args.rounds, args.reference = [4], 2, 1, ["resident"]
+        args.pairs, args.steps, args.rounds = [4], 2, 1
+    args.reference = args.reference or list(REFERENCES[:1] if args.quick else REFERENCES)
     if min(args.steps, args.large_steps) < 2:
         parser.error("a run needs 2 steps: the first is not timed")
     for pairs in args.pairs:
