@@ -93,7 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--all", action="store_true", help="more than 4 pairs in float32 and precomputed, too"
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "trl"])
-    parser.add_argument("--steps", type=int, default=4, help="of a run of up to 4 pairs a step")
+    parser.add_argument("--steps", type=int, default=3, help="of a run of up to 4 pairs a step")
     parser.add_argument("--large-steps", type=int, default=2, help="of a run of more pairs a step")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender")
     parser.add_argument("--quick", action="store_true", help="4 pairs, 2 steps, 1 round, resident")

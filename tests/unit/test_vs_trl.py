@@ -200,6 +200,14 @@ def test_the_table_tells_what_was_measured(tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_our_default_beside_trls():
+    stored = row("ours", [LN2, 0.6], [1.0], peak_gib=1.0, prepare_s=7.5)
+    stored["case"]["reference"] = "precomputed"
+    rows = [row("ours", [LN2, 0.6], [2.0]), row("trl", [LN2, 0.6], [5.0], peak_gib=4.0), stored]
+    (said,) = vs_trl_report.as_each_comes(vs_trl_report.summarize(rows))
+    assert "5.00x the pairs/s, 0.25 of the peak memory" in said and "took 7.5 s" in said
+
+
 def test_contenders_take_turns():
     assert list(vs_trl.turns(2, ["ours", "trl"])) == [
         (0, "ours"), (0, "trl"), (1, "ours"), (1, "trl"),
@@ -212,7 +220,7 @@ def parsed(*args: str):
 
 def test_cases_of_many_pairs_are_few_unless_asked():
     chosen = vs_trl.choose_cases(parsed())
-    assert [(c.pairs, c.steps) for c in chosen] == [(4, 4)] * 4 + [(16, 2)]
+    assert [(c.pairs, c.steps) for c in chosen] == [(4, 3)] * 4 + [(16, 2)]
     assert (chosen[-1].precision, chosen[-1].reference) == ("bfloat16", "resident")
     assert len(vs_trl.choose_cases(parsed("--all"))) == 8
     assert len(vs_trl.choose_cases(parsed("--pairs", "16"))) == 4
