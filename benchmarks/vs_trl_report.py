@@ -257,7 +257,8 @@ def _draw_losses(ax, rows: Sequence[dict]) -> None:
     ax.set_yscale("log")
     ax.set_title("difference of the losses")
     ax.set_xlabel("step")
-    ax.legend(fontsize=6)
+    if ax.lines[len(SAME_LOSS) :]:
+        ax.legend(fontsize=6)
 
 
 def _key(row: dict) -> tuple:
