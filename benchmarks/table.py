@@ -43,6 +43,15 @@ BENCHMARKS = [
     Benchmark(name="reference_store", keys=("model", "precision", "steps", "pairs_a_step"),
               arguments=[], quick=["--model", "embedded", "--steps", "3", "--rounds", "1"],
               limit_s=1800),
+    Benchmark(name="data_speed", keys=("data", "rows"), arguments=[],
+              quick=["--rows", "2000", "--sizes", "1000", "2000"], limit_s=1200),
+    Benchmark(name="startup", keys=("kind",), arguments=[], quick=["--rounds", "1"],
+              limit_s=900),
+    Benchmark(name="step_scaling", keys=("what", "times", "precision", "pairs", "model"),
+              arguments=[], quick=["--rounds", "1", "--growth-steps", "20"], limit_s=3600,
+              asks=("model", "data")),
+    Benchmark(name="vs_trl", keys=("contender", "case"), arguments=[], quick=["--quick"],
+              limit_s=10800, asks=("model", "data"), draws=True),
     Benchmark(name="gpu_suite", keys=(), arguments=[],  # rows of linear_logprob, and its report
               quick=["--parts", "tests", "codegen", "--budget-s", "280"], limit_s=700, needs=cuda),
 ]  # fmt: skip

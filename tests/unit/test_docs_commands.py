@@ -46,8 +46,10 @@ def check_training(words: list[str]) -> None:
 def check_configuration(arguments: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.chdir(ROOT)
     patch.setattr(model_shape, "_ask_hub", lambda *_: (None, "the hub was not asked"))
-    # a model that is here in place of one of the hub's, or of the reader's
+    # a model that is here in place of one of the hub's, of `make model`, or of the reader's
     arguments = [a for a in arguments if not a.startswith("policy.model_name=")]
+    if "configs/dpo_smollm2.yaml" in arguments:
+        arguments.append("policy.model_name=embedded")
     parsed = train.parse_arguments(arguments)
     assert train.check(load_config(parsed.config, parsed.overrides)) == 0
 
