@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of a chart. Where there are several runs a run has the colour, a line the dash."""
+    """One metric of a chart; colour and dash are those of a page of one run."""
 
     metric: str  # its name in metrics.jsonl
     label: str
@@ -16,7 +16,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over steps."""
+    """At most four lines over steps."""
 
     key: str
     section: str

@@ -21,6 +21,7 @@ from reinforcer_tp.report.thin import extremes, mean, rounded, smooth, stretches
 _POINTS = 3_600  # of all raw lines of a chart together, so that a page of many runs stays small
 _SMOOTH_SHARE = 3  # one point of a smooth line for so many raw ones
 _MAX_BINS = 200
+_DASHES = ("solid", "dash", "dot", "dashdot")  # of a run's lines, where the colour says the run
 
 Absent = tuple[str, str]  # title of a chart that has no data, why
 
@@ -58,18 +59,18 @@ def _about(chart: Chart, traces: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _lines(chart: Chart, runs: Sequence[RunFolder]) -> Iterator[dict[str, Any]]:
     present = [
-        (number, run, line, run.metrics[line.metric])
+        (number, run, line, dash if len(runs) > 1 else line.dash, run.metrics[line.metric])
         for number, run in enumerate(runs)
-        for line in chart.lines
+        for line, dash in zip(chart.lines, _DASHES, strict=False)
         if line.metric in run.metrics and np.isfinite(run.metrics[line.metric].values).any()
     ]
     max_points = max(_POINTS // max(len(present), 1), 100)
-    for number, run, line, series in present:
+    for number, run, line, dash, series in present:
         color = line.color if len(runs) == 1 else number
         about = {
             "name": trace_name(runs, run, line.label if len(chart.lines) > 1 else ""),
             "color": color,
-            "dash": line.dash,
+            "dash": dash,
             "group": f"{number} {line.metric}",
         }
         if len(runs) == 1 and len(chart.lines) == 1:
@@ -116,7 +117,7 @@ def _time_split(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
     if len(runs) == 1:
         traces = list(_areas(runs[0]))
         return about | {"unit": "seconds", "x": "step", "traces": traces, "note": ""}
-    note = "Mean of the steps without the first, which warms up."
+    note = "Seconds; mean of the steps without the first, which warms up."
     return about | {"unit": "seconds", "x": "run", "note": note, "traces": list(_bars(timed))}
 
 
@@ -167,7 +168,8 @@ def _lengths(runs: Sequence[RunFolder], split: str) -> dict[str, Any] | None:
     if not traces:
         return None
     about = {"key": f"lengths_{split}", "section": "Data", "title": f"Lengths of {split} pairs"}
-    return about | {"unit": "pairs", "x": "tokens", "note": "", "traces": traces}
+    note = "Pairs by their number of tokens."
+    return about | {"unit": "pairs", "x": "tokens", "note": note, "traces": traces}
 
 
 def _histogram(

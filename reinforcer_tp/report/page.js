@@ -82,8 +82,11 @@
       linecolor: css("--axis"), tickcolor: css("--axis"), automargin: true };
     const isSteps = chart.x === "step", isRuns = chart.x === "run";
     const small = narrow.matches;
+    const names = chart.traces.filter((trace) => trace.kind !== "raw").length;
+    const legend = names > 1 ? 20 * Math.ceil(names / (several || small ? 2 : 4)) : 0;
+    const height = isRuns ? 80 + 34 * numbers.runs.length : small ? 230 : 270;
     return {
-      autosize: true, height: isRuns ? 120 + 34 * numbers.runs.length : small ? 270 : 300,
+      autosize: true, height: height + legend,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: css("--text") },
       margin: { l: 8, r: 10, t: 10, b: 8 },
@@ -91,17 +94,18 @@
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--axis"),
         font: { color: css("--text"), size: small ? 11 : 12 } },
       dragmode: touch.matches ? false : "zoom",
-      xaxis: { ...grid, title: isSteps || small ? undefined : { text: isRuns ? "seconds" : chart.x, font: { size: 12 } },
+      xaxis: { ...grid,
         rangemode: isSteps ? "normal" : "tozero", showspikes: false,
         hoverformat: isSteps ? ",d" : undefined, unifiedhovertitle:
           isSteps ? { text: "step %{x}" } : undefined, nticks: small ? 5 : 8 },
-      yaxis: { ...grid, title: isRuns ? undefined : { text: chart.unit, standoff: 6, font: { size: 12 } },
-        nticks: 6, rangemode: isSteps && !chart.unit.startsWith("share") ? "normal" : "nonnegative", exponentformat: "power", autorange:
-          isRuns ? "reversed" : true },
+      yaxis: { ...grid,
+        title: isRuns ? undefined : { text: chart.unit, standoff: 6, font: { size: 12 } },
+        nticks: 6, exponentformat: "power", autorange: isRuns ? "reversed" : true,
+        rangemode: isSteps && !chart.unit.startsWith("share") ? "normal" : "nonnegative" },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       legend: { orientation: "h", x: 0, y: -0.14, yanchor: "top",
         font: { size: small ? 11 : 12 }, bgcolor: "rgba(0,0,0,0)" },
-      showlegend: chart.traces.length > 1,
+      showlegend: names > 1,
       shapes: isSteps ? shapes() : [],
     };
   }

@@ -202,6 +202,8 @@ def as_text(value: Any) -> str:
     """As YAML has it: null, true; lists with commas."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if value in ({}, []):
+        return "none"
     if isinstance(value, list):
         return ", ".join(map(as_text, value[:50])) + ", ..." * (len(value) > 50)
     if isinstance(value, int):
