@@ -63,14 +63,14 @@ def _numbers(run: RunFolder) -> list[tuple[str, str | None, str]]:
     """(label, number or None, what it is)."""
     losses = run.metrics.get("train/loss")
     num_steps = int(losses.steps[-1]) if losses is not None else 0
-    total = run.finished_steps
+    state = "finished" if run.finished_steps == num_steps else "not finished"
     return [
         _learnt(run, "Loss", "loss", ".4f"),
         _learnt(run, "Accuracy", "rewards/accuracies", ".3f"),
         _learnt(run, "Reward margin", "rewards/margins", ".3f"),
         _speed(run, "Pairs per second", "perf/pairs_per_s"),
         ("Peak memory", _largest(run.metrics.get("memory/peak_gib")), "GiB, rank 0"),
-        ("Steps", f"{num_steps:,}" if num_steps else None, "finished" if total else "not finished"),
+        ("Steps", f"{num_steps:,}" if num_steps else None, state),
     ]
 
 

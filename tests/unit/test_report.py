@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from reinforcer_tp.report.page import json_in_html, write_report
 from reinforcer_tp.report.read import ReportError, Series, read_run
 from reinforcer_tp.report.tables import side_by_side
 from reinforcer_tp.report.thin import extremes, smooth, stretches, window
+from reinforcer_tp.train import draw_report
 
 EVIL = '</script><img src=x onerror="document.title=1"><!--'
 
@@ -326,6 +328,26 @@ METRICS_OF_A_RUN = [
         *("health/chosen_drift", "health/rejected_drift", "kl/chosen_k3", "kl/rejected_k3"),
     )
 ]
+
+
+def ended(folder, rank=0, start_step=0) -> SimpleNamespace:
+    """`lifecycle.stops.Stops` at the end of a run, as far as the drawing looks at it."""
+    ending = SimpleNamespace(rank=rank, attempt=SimpleNamespace(log_dir=folder))
+    return SimpleNamespace(ending=ending, position=SimpleNamespace(start_step=start_step))
+
+
+def test_a_failure_to_draw_is_one_line(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", losses(3))
+    (folder / "report.html").mkdir()
+    draw_report(ended(folder))
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: no report.html was drawn: ") and "report.html" in line
+    (folder / "report.html").rmdir()
+    draw_report(ended(folder, rank=1))
+    draw_report(ended(folder, start_step=None))  # no step was tried
+    assert not (folder / "report.html").exists()
+    draw_report(ended(folder))
+    assert (folder / "report.html").is_file()
 
 
 def test_the_plotting_package_is_not_imported(tmp_path):
