@@ -68,7 +68,7 @@ def _lines(chart: Chart, runs: Sequence[RunFolder]) -> Iterator[dict[str, Any]]:
     for number, run, line, dash, series in present:
         color = line.color if len(runs) == 1 else number
         about = {
-            "name": trace_name(runs, run, line.label if len(chart.lines) > 1 else ""),
+            "name": _trace_name(runs, run, line.label if len(chart.lines) > 1 else ""),
             "color": color,
             "dash": dash,
             "group": f"{number} {line.metric}",
@@ -103,10 +103,14 @@ def _xy(series: Series) -> dict[str, Any]:
     return {"x": series.steps.tolist(), "y": rounded(series.values)}
 
 
-def trace_name(runs: Sequence[RunFolder], run: RunFolder, label: str) -> str:
-    """As the drawing library takes it: it reads some HTML, so a name is escaped."""
+def _trace_name(runs: Sequence[RunFolder], run: RunFolder, label: str) -> str:
     parts = [label] if len(runs) == 1 else [part for part in (run.name, label) if part]
-    return escape(" ".join(parts))
+    return plain_label(" ".join(parts))
+
+
+def plain_label(text: str) -> str:
+    """For the drawing library, whose labels may have tags and these entities, but no &quot;."""
+    return escape(text, quote=False)
 
 
 def _time_split(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
@@ -152,7 +156,7 @@ def _bars(runs: Iterable[RunFolder]) -> Iterator[dict[str, Any]]:
             trace = stacked.setdefault(label, trace)
             values = series.values[1:] if len(series.values) > 1 else series.values
             trace["x"] += rounded(np.array([mean(values)]))
-            trace["y"].append(escape(run.name))
+            trace["y"].append(plain_label(run.name))
     yield from stacked.values()
 
 
@@ -184,7 +188,7 @@ def _histogram(
             continue
         counts = counts[:_MAX_BINS]
         yield {
-            "name": trace_name(runs, run, part),
+            "name": _trace_name(runs, run, part),
             "color": color if len(runs) == 1 else number,
             "dash": dash,
             "kind": "steps",

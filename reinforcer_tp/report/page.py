@@ -16,7 +16,7 @@ from typing import Any
 
 from reinforcer_tp.report import tables
 from reinforcer_tp.report.catalogue import CHARTS, EXTRA_METRICS, SECTIONS, STEP_S, TIME_PARTS
-from reinforcer_tp.report.charts import Absent, build_charts
+from reinforcer_tp.report.charts import Absent, build_charts, plain_label
 from reinforcer_tp.report.happened import Event, read_events
 from reinforcer_tp.report.read import ReportError, RunFolder, read_run, shorten
 from reinforcer_tp.whole_files import write_whole
@@ -56,7 +56,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def page(runs: Sequence[RunFolder], events: Sequence[Sequence[Event]]) -> str:
     charts, absent = build_charts(runs)
     numbers = {
-        "runs": [escape(run.name) for run in runs],
+        "runs": [plain_label(run.name) for run in runs],
         "charts": charts,
         "events": _marks(events),
     }
@@ -109,7 +109,12 @@ def _marks(events: Sequence[Sequence[Event]]) -> list[dict[str, Any]]:
         known = [event for event in found if event.step is not None and event.kind != "done"]
         known.sort(key=lambda event: event.kind in ("save", "skip"))
         marks += [
-            {"run": number, "step": e.step, "kind": e.kind, "text": escape(shorten(e.text, 160))}
+            {
+                "run": number,
+                "step": e.step,
+                "kind": e.kind,
+                "text": plain_label(shorten(e.text, 160)),
+            }
             for e in known[:_MAX_MARKS]
         ]
     return marks
