@@ -133,10 +133,16 @@
     isFollowing = false;
   }
 
+  // The page can be scrolled meanwhile. Timers of a tab in the background may take a minute.
+  function pause() {
+    const { port1, port2 } = new MessageChannel();
+    return new Promise((resolve) => { port1.onmessage = resolve; port2.postMessage(0); });
+  }
+
   async function drawAll() {
     for (const [box, chart] of boxes) {
       await draw(box, chart);
-      await new Promise((resolve) => setTimeout(resolve));  // the page can be scrolled meanwhile
+      await pause();
     }
     document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
   }
