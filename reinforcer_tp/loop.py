@@ -19,6 +19,7 @@ from reinforcer_tp.data.micro_batches import MicroBatches, micro_batches
 from reinforcer_tp.data.packed_batch import PackedBatch
 from reinforcer_tp.data.packing import pair_costs
 from reinforcer_tp.data.prepare import TokenizedSet
+from reinforcer_tp.events import append_event
 from reinforcer_tp.faultpoints import fault_point, poison
 from reinforcer_tp.first_step import (
     FirstStepError,
@@ -183,9 +184,16 @@ def _memory(run: Run) -> Memory:
 def _show(run: Run, step: int, metrics: Mapping[str, float | None], watch: HealthWatch) -> None:
     run.progress.update(step, metrics)
     for hint in watch.hints(step, metrics):
-        run.progress.message(hint)
+        tell(run, "hint", step, hint)
     if run.logger is not None:
         run.logger.log(step, metrics)
+
+
+def tell(run: Run, kind: str, step: int, text: str) -> None:
+    """A message that also stands in events.jsonl; `kind` of events.KINDS."""
+    run.progress.message(text)
+    if run.logger is not None:
+        append_event(Path(run.config.logger.log_dir), kind, step, text)
 
 
 def _asked_to_stop(run: Run) -> Reason | None:
@@ -232,7 +240,7 @@ def train_step(run: Run, step: int, *, is_first: bool) -> dict[str, float]:
         trouble, grad_norm = _update(run, step, part, loss)
         fault_point("step.optimizer.after")
     if trouble is not None:
-        run.progress.message(run.skips.skip(trouble, config.dpo))
+        tell(run, "skip", step, run.skips.skip(trouble, config.dpo))
     _wait_for(stage.topology.device)
     end = time.perf_counter()
     means = _means(sums) if trouble is None else _learnt_nothing()
@@ -272,10 +280,8 @@ def _update(
         return look_at_gradient(step, run.stage, run.training, part.batches, loss), grad_norm
     trouble = loss_scale_trouble(step, run.training, grad_norm)
     if trouble is None:
-        run.progress.message(
-            f"step {step} changed no weight: a gradient overflowed float16; the loss scale is "
-            "halved"
-        )
+        overflow = "a gradient overflowed float16; the loss scale is halved"
+        tell(run, "skip", step, f"step {step} changed no weight: {overflow}")
     return trouble, grad_norm
 
 
@@ -351,8 +357,9 @@ def _look_at_first_step(
     except FirstStepError as error:
         if check == "error":
             raise
-        line = f"warning: {error}"
-    run.progress.message(line)
+        tell(run, "warning", 1, f"warning: {error}")
+    else:
+        run.progress.message(line)
 
 
 def local_sums(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
@@ -440,6 +447,6 @@ def _save(run: Run, step: int, memory: Memory, *, at_once: bool) -> None:
 def _tell_saved(run: Run) -> None:
     for saved in run.writer.finished() if run.writer is not None else ():
         run.stops.saved(saved.step, saved.seconds)
-        run.progress.message(f"saved {saved.folder}")
+        tell(run, "save", saved.step, f"saved {saved.folder}")
         if saved.warning is not None:
-            run.progress.message(f"warning: {saved.warning}")
+            tell(run, "warning", saved.step, f"warning: {saved.warning}")

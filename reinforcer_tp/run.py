@@ -15,7 +15,8 @@ from reinforcer_tp.batches import micro_batching, train_rows
 from reinforcer_tp.checkpoint_folder import SaveError, told_as_damage
 from reinforcer_tp.config import Config, to_yaml
 from reinforcer_tp.data.prepare import format_report
-from reinforcer_tp.data.token_report import token_report
+from reinforcer_tp.data.token_report import length_histograms, token_report
+from reinforcer_tp.events import append_event
 from reinforcer_tp.first_step import FirstStepError
 from reinforcer_tp.hf_files import write_companions
 from reinforcer_tp.inputs import Inputs
@@ -95,6 +96,7 @@ def _open_logs(
     progress.message(format_report(report))
     for damage in inputs.passed_over:
         progress.message(f"warning: {damage}")
+        append_event(Path(config.logger.log_dir), "warning", inputs.start_step, damage)
     settings = dataclasses.asdict(config)
     # A tracker's own process has metrics to send when the ranks are signalled.
     with deaf_children():
@@ -118,9 +120,12 @@ def _open_run(
     training = build_training(stage.model, config.policy, topology, total_steps=inputs.total_steps)
     restored: dict[str, Any] = {}
     if inputs.resumed is not None:
-        folder, steps = inputs.resumed.folder, f"{inputs.start_step} of {inputs.total_steps} steps"
+        folder = inputs.resumed.folder
         restored = load_checkpoint(folder, stage.model, training, topology, is_verified=True)
-        progress.message(f"resumed {folder}: {steps}")
+        text = f"resumed {folder}: {inputs.start_step} of {inputs.total_steps} steps"
+        progress.message(text)
+        if logger is not None:
+            append_event(Path(config.logger.log_dir), "resume", inputs.start_step, text)
     skips = SkippedSteps()
     if restored:
         with told_as_damage("skips"):
@@ -168,14 +173,17 @@ def _finish(config: Config, inputs: Inputs, opened: Run) -> None:
 
 
 def with_token_savings(config: Config, inputs: Inputs, topology: Topology) -> dict[str, Any]:
-    """The data report with what packing and sharing save in training."""
+    """The data report with what packing and sharing save in training, and all lengths."""
     pairs, report = inputs.data.train, inputs.data.report
+    sets = {"train": pairs, "validation": inputs.data.validation}
+    lengths = {name: {"lengths": length_histograms(found)} for name, found in sets.items() if found}
     steps = range(1, inputs.total_steps + 1)
     savings = token_report(
         pairs,
         (train_rows(config, len(pairs), step) for step in steps),
         micro_batching(config, inputs.files.shape, topology),
     )
+    report = report | {name: report[name] | extra for name, extra in lengths.items()}
     return report | {"train": report["train"] | {"token_savings": savings}}
 
 

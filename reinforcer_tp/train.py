@@ -49,6 +49,22 @@ def exit_code(argv: list[str], stops: Stops) -> int:
         return stops.ending.failed(error)
 
 
+def draw_report(stops: Stops) -> None:
+    """<log_dir>/report.html, once it is written how the run ended. Rank 0 only; never fails."""
+    attempt = stops.ending.attempt
+    if stops.ending.rank != 0 or attempt is None or stops.position.start_step is None:
+        return  # no step was tried, so an earlier page is as good
+    from reinforcer_tp.lifecycle.exits import describe
+
+    try:
+        from reinforcer_tp.report.page import write_report
+
+        print(f"report:         {write_report([attempt.log_dir])}", flush=True)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            print(f"warning: no report.html was drawn: {describe(error)}", flush=True)
+
+
 def configure_and_train(argv: list[str], stops: Stops) -> int:
     from reinforcer_tp.config import load_config
     from reinforcer_tp.resume import check_allowed_names
@@ -164,6 +180,7 @@ if __name__ == "__main__":
     stops = Stops()
     code = exit_code(sys.argv[1:], stops)
     stops.ignore()
+    draw_report(stops)
     if code == 0:
         sys.exit(0)
     leave(code)

@@ -1,7 +1,8 @@
-"""Tokens that packing and sharing save, for the data report."""
+"""Lengths, and tokens that packing and sharing save, for the data report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from reinforcer_tp.data.packed_batch import packed_lengths
 from reinforcer_tp.data.tokenized import TokenizedSet
 
 _PADDED_BATCH = 8  # pairs: the default per_device_train_batch_size of transformers' Trainer
+_MAX_BINS = 50  # of a histogram
 _MAX_PAIRS = 10_000  # looked at, so that a set of any size takes well under a second
 
 
@@ -41,6 +43,27 @@ def token_report(
         "padding_fraction": 1 - num_tokens / totals["shared"],
         "ratio": totals["naive"] / totals["shared"],
     }
+
+
+def length_histograms(pairs: TokenizedSet) -> dict[str, Any]:
+    """How many pairs have how many tokens, as JSON, in at most 50 bins:
+
+    bin_tokens: width w of a bin; bin i counts lengths from i * w up to but not (i + 1) * w
+    prompt, chosen, rejected: pairs in each bin
+    """
+    lengths = pairs.lengths()
+    longest = int(lengths.max(initial=0))
+    width = next(w for w in _nice_widths() if longest < w * _MAX_BINS)
+    num_bins = longest // width + 1
+    counts = {
+        part: np.bincount(lengths[:, i] // width, minlength=num_bins).tolist()
+        for i, part in enumerate(("prompt", "chosen", "rejected"))
+    }
+    return {"bin_tokens": width} | counts
+
+
+def _nice_widths() -> Iterator[int]:
+    return (digit * 10**power for power in count() for digit in (1, 2, 5))
 
 
 def _first(batches: Iterable[Sequence[int]]) -> Iterable[Sequence[int]]:

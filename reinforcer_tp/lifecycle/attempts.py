@@ -48,7 +48,7 @@ class Attempt:
     """This attempt's folder. Nothing here raises OSError: a run must not fail for its records."""
 
     def __init__(self, log_dir: Path, rank: int, world_size: int) -> None:
-        self._log_dir, self._rank, self._world_size = log_dir, rank, world_size
+        self.log_dir, self._rank, self._world_size = log_dir, rank, world_size
         self._started = time.time()
         self._token, self._is_unique = launch_token(os.environ)
         self._folder: Path | None = None
@@ -61,7 +61,7 @@ class Attempt:
         return self._folder
 
     def _claim(self) -> Path:
-        parent = self._log_dir / "attempts"
+        parent = self.log_dir / "attempts"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             numbers = _numbers(parent)
@@ -164,10 +164,10 @@ class Attempt:
             "time": time.time(),
             "attempt": int(self._folder.name),
         }
-        building = building_name(self._log_dir)
+        building = building_name(self.log_dir)
         try:
             building.write_text(json.dumps(now) + "\n")
-            os.replace(building, self._log_dir / "heartbeat")
+            os.replace(building, self.log_dir / "heartbeat")
         except OSError:
             with contextlib.suppress(OSError):
                 building.unlink()

@@ -493,7 +493,8 @@ def test_entropy_where_the_label_cannot_be():
     )
     others = (hidden @ weight.T + bias).double().softmax(1)
     assert (logps == -float("inf")).all()
-    torch.testing.assert_close(entropy.double(), torch.special.entr(others).sum(1))
+    expected = torch.special.entr(others).sum(1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)  # float32
 
 
 def test_a_placeholder_main_grad_is_no_main_grad():

@@ -29,6 +29,14 @@ ALLOWED = {
     "reinforcer_tp/secrecy.py": (),
     "reinforcer_tp/strict_json.py": (),
     "reinforcer_tp/untrusted.py": ("reinforcer_tp.strict_json",),
+    "reinforcer_tp/events.py": ("reinforcer_tp.secrecy",),
+    "reinforcer_tp/report": (
+        "reinforcer_tp.config_yaml",
+        "reinforcer_tp.events",
+        "reinforcer_tp.secrecy",
+        "reinforcer_tp.strict_json",
+        "reinforcer_tp.whole_files",
+    ),
     "reinforcer_tp/metrics.py": (
         "reinforcer_tp.config",
         "reinforcer_tp.environment",
@@ -64,6 +72,7 @@ ALLOWED = {
         "reinforcer_tp.config",
         "reinforcer_tp.config_check",
         "reinforcer_tp.data",
+        "reinforcer_tp.events",
         "reinforcer_tp.faultpoints",
         "reinforcer_tp.first_step",
         "reinforcer_tp.flops",

@@ -14,7 +14,7 @@ from reinforcer_tp.data.loader import global_batch_rows
 from reinforcer_tp.data.micro_batches import MicroBatching, micro_batches
 from reinforcer_tp.data.packing import PairCost
 from reinforcer_tp.data.prepare import format_report, prepare_data
-from reinforcer_tp.data.token_report import token_report
+from reinforcer_tp.data.token_report import length_histograms, token_report
 from reinforcer_tp.data.tokenized import TokenizedPair, TokenizedSet
 
 ASSETS = os.environ.get("REINFORCER_TP_ASSETS")
@@ -207,3 +207,25 @@ def test_the_report_counts_what_a_step_lays_out(dialogues):
         assert report["shared"] == sum(len(batch.tokens) for batch in built.batches)
         num_tokens = sum(batch.num_tokens for batch in built.batches)
         assert report["padding_fraction"] == 1 - num_tokens / report["shared"]
+
+
+def test_histograms_of_lengths_by_hand():
+    assert length_histograms(pair_set((4, 2, 3), (1, 3, 2), (5, 1, 1))) == {
+        "bin_tokens": 1,
+        "prompt": [0, 1, 0, 0, 1, 1],
+        "chosen": [0, 1, 1, 1, 0, 0],
+        "rejected": [0, 1, 1, 1, 0, 0],
+    }
+
+
+@pytest.mark.parametrize("longest", [49, 50, 99, 100, 249, 250, 8192, 131_072])
+def test_histograms_stay_small_and_count_every_pair(longest):
+    lengths = [(longest, 1, 2), (longest // 2, longest, 1), (1, 7, longest - 1)]
+    found = length_histograms(pair_set(*lengths))
+    width = found.pop("bin_tokens")
+    assert list(found) == ["prompt", "chosen", "rejected"]
+    for part, counts in enumerate(found.values()):
+        assert len(counts) <= 50
+        for i, count in enumerate(counts):
+            assert count == sum(i * width <= pair[part] < (i + 1) * width for pair in lengths)
+        assert sum(counts) == 3
