@@ -193,8 +193,8 @@ def _about(
     args: argparse.Namespace, results: list[Result], num_pairs: int, passed_over: int
 ) -> dict:
     versions = package_versions(("torch", "megatron-core", "transformers"))
-    for result in results:
-        versions |= {f"TRL's {k}" if k in versions else k: v for k, v in _versions(result).items()}
+    found = next((r.info["versions"] for r in results if "versions" in r.info), {})
+    versions |= {f"TRL's {name}" if name in versions else name: v for name, v in found.items()}
     return machine("cpu") | {
         "threads": args.threads,
         "versions": versions,
@@ -208,10 +208,6 @@ def _about(
         "micro_batch_tokens": args.micro_batch_tokens,
         "trl_micro_batch": TRL_MICRO_BATCH_PAIRS,
     }
-
-
-def _versions(result: Result) -> dict[str, str]:
-    return result.info.get("versions", {})
 
 
 def _report(args: argparse.Namespace, rows: list[dict], summaries: list[dict], about: dict) -> int:

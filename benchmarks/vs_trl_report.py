@@ -225,7 +225,7 @@ def draw(rows: Sequence[dict], summaries: Sequence[dict], target: Path) -> Path:
     colors = [COLORS.get(line["contender"], "#5a9367") for line in summaries]
     for ax, key, title in ((axes[0], "pairs_per_s", "pairs/s"), (axes[1], "peak_gib", "peak GiB")):
         bars = ax.barh(range(len(names)), [line[key] for line in summaries], color=colors)
-        ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=7)
         ax.invert_yaxis()
         ax.margins(x=0.15)
@@ -255,6 +255,8 @@ def _draw_losses(ax, rows: Sequence[dict]) -> None:
         kind = "relative" if relative else "absolute"
         ax.text(1, limit * 1.1, f"limit, {precision}, {kind}", fontsize=7, color="#c03030")
     ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.margins(y=0.15)
     ax.set_title("difference of the losses")
     ax.set_xlabel("step")
     if ax.lines[len(SAME_LOSS) :]:
