@@ -80,6 +80,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     row = {
         "benchmark": "data_speed",
         "data": args.data.name if args.data else "made-up",
+        "tokenizer": Path(args.tokenizer).name if args.tokenizer else "embedded",
         "rows": args.rows,
         "tokens_per_pair": one["tokens_per_pair"],
         "pairs_per_s": {"1": one["pairs_per_s"], str(args.workers): many[args.rows]["pairs_per_s"]},

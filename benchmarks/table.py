@@ -43,7 +43,7 @@ BENCHMARKS = [
     Benchmark(name="reference_store", keys=("model", "precision", "steps", "pairs_a_step"),
               arguments=[], quick=["--model", "embedded", "--steps", "3", "--rounds", "1"],
               limit_s=1800),
-    Benchmark(name="data_speed", keys=("data", "rows"), arguments=[],
+    Benchmark(name="data_speed", keys=("data", "rows", "tokenizer"), arguments=[],
               quick=["--rows", "2000", "--sizes", "1000", "2000"], limit_s=1200),
     Benchmark(name="startup", keys=("kind",), arguments=[], quick=["--rounds", "1"],
               limit_s=900),

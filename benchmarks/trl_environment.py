@@ -6,6 +6,7 @@ Beside ours, so that TRL's requirements change nothing here; the versions that b
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def ensure_trl(folder: Path | None = None) -> str:
     """
     folder = folder or default_folder()
     python, stamp = folder / "bin" / "python", folder / ".installed"
-    wanted = f"trl=={TRL}\n"
+    pins = (ROOT / "constraints.txt").read_bytes()  # of torch and transformers, too
+    wanted = f"trl=={TRL} constraints {hashlib.sha256(pins).hexdigest()}\n"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return str(python)
     print(f"installing TRL {TRL} into {folder}: some minutes, once", flush=True)

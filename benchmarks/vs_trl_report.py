@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 
 # What losses of one step may differ by: (relative?, limit).
 SAME_LOSS = {"float32": (True, 1e-4), "bfloat16": (False, 3e-2)}
+# Of the mean log-probs of a side, relative: the first loss is ln 2 whatever a model computes.
+SAME_LOGPS = {"float32": 1e-4, "bfloat16": 2e-2}
 FASTER = {"float32": 2.0, "bfloat16": 3.0}  # times TRL's pairs/s
 SMALLER = 0.4  # of TRL's peak memory, in bfloat16
 COLORS = {"ours": "#1b6ca8", "trl": "#d08a3c", "trl-checkpointing": "#9a9a9a"}
@@ -34,7 +36,7 @@ def loss_difference(precision: str, ours: float, theirs: float) -> float:
 
 
 def find_loss_difference(precision: str, ours: dict, theirs: dict) -> str | None:
-    """The first step in which two runs' losses are too far apart; None = they agree."""
+    """The first step in which two runs' losses or log-probs are too far apart; None = none."""
     relative, limit = SAME_LOSS[precision]
     kind = "relative" if relative else "absolute"
     both = zip(ours["steps"], theirs["steps"], strict=True)
@@ -46,6 +48,14 @@ def find_loss_difference(precision: str, ours: dict, theirs: dict) -> str | None
                 f"{b['loss']:.7g} ({theirs['contender']}), {kind} difference {difference:.2g}, "
                 f"at most {limit:g} expected"
             )
+        for side in ("logps_chosen", "logps_rejected"):
+            difference = abs(a[side] - b[side]) / abs(b[side])
+            if not difference <= SAME_LOGPS[precision]:
+                return (
+                    f"step {number}: {side} is {a[side]:.7g} ({ours['contender']}) and "
+                    f"{b[side]:.7g} ({theirs['contender']}), relative difference "
+                    f"{difference:.2g}, at most {SAME_LOGPS[precision]:g} expected"
+                )
     return None
 
 
@@ -133,7 +143,7 @@ def verdicts(summaries: Sequence[dict]) -> list[tuple[bool, str]]:
 
 HEADER = (
     "case", "trainer", "weights", "s a step (p20-p80)", "pairs/s", "ours is faster", "peak GiB",
-    "ours takes", "first step after", "largest difference of loss", "of gradient norm",
+    "ours takes", "first step after", "largest difference of loss", "of log-probs", "of gradient norm",
 )  # fmt: skip
 
 
@@ -157,6 +167,7 @@ def table(summaries: Sequence[dict], about: dict) -> str:
                 f"{line['loss_difference']:.1e} {'relative' if relative else 'absolute'}"
                 if compared
                 else "",
+                f"{line['logps_difference']:.1e}" if compared else "",
                 f"{line['grad_norm_difference']:.1e}" if compared else "",
             ]
         )

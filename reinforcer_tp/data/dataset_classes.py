@@ -5,6 +5,7 @@ rows of one of the shapes of shapes.py, and `task_spec`, a TaskDataSpec. It may 
 "error" (the default) or "drop" for published sets, whose rows a user cannot mend.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 from reinforcer_tp.data.hub import load_hub_dataset
 from reinforcer_tp.data.pairs import TaskDataSpec
 from reinforcer_tp.data.shapes import format_helpsteer3
-from reinforcer_tp.data.sources import Source, home_path, load_rows
+from reinforcer_tp.data.sources import Source, home_path, load_rows, row_range
 
 
 class FileDataset:
@@ -142,11 +143,17 @@ def _load_splits(
 
 
 def _check_held_out(train: Source, val_split: str) -> None:
-    """ValueError where one split of the same source holds the other."""
+    """ValueError where both splits of the same source share a row."""
     trained = train.split or "train"
     names = {part.partition("[")[0].strip() for part in (trained, val_split)}
-    is_sliced = "[" in trained and "[" in val_split and trained != val_split
-    if len(names) == 1 and not is_sliced:
+    if len(names) > 1:
+        return
+    is_sliced = "[" in trained and "[" in val_split
+    if is_sliced:
+        num_rows = len(load_rows(replace(train, split=names.pop())))
+        validated = replace(train, split=val_split, split_key="data.val_split")
+        a, b = row_range(train, num_rows), row_range(validated, num_rows)
+    if not is_sliced or max(a.start, b.start) < min(a.stop, b.stop):
         raise ValueError(
             f"data.val_split={val_split} and data.split={trained} of {train.path} share rows, so "
             "that validation would see what was trained on; expected parts, as in "

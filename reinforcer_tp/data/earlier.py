@@ -1,7 +1,8 @@
 """What an earlier start found: the same files, settings and tokenizer need no second reading.
 
 A record names the folders of the sets and holds the report. Its key is all that decides them: the
-content of every file, the section, the tokenizer, and the code that reads and tokenizes.
+content of every file, the section, the tokenizer, and the code that reads and tokenizes, with the
+versions of the libraries that it uses.
 """
 
 import contextlib
@@ -10,11 +11,13 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from reinforcer_tp import strict_json, untrusted
 from reinforcer_tp.data.chat import EncodeOptions
 from reinforcer_tp.data.files import file_format
 from reinforcer_tp.data.sources import home_path
@@ -22,6 +25,7 @@ from reinforcer_tp.data.tokenizer import tokenizer_fingerprint
 from reinforcer_tp.untrusted import INDEX_BYTES, read_json
 
 FILE_DATASETS = (None, "auto", "DPODataset", "BinaryPreferenceDataset", "PreferenceDataset")
+_LIBRARIES = ("datasets", "jinja2", "tokenizers", "transformers")
 _CONTENTS = ("train_data_path", "val_data_path", "prompt_file", "system_prompt_file")
 
 
@@ -33,7 +37,8 @@ def start_key(
 ) -> str:
     """The key of a start with these."""
     settings = {name: value for name, value in section.items() if name != "num_workers"}
-    code = _files_digest(sorted(Path(__file__).parent.glob("*.py")))
+    ours = [*Path(__file__).parent.glob("*.py"), strict_json.__file__, untrusted.__file__]
+    code = [_files_digest(sorted(map(Path, ours))), *map(version, _LIBRARIES)]
     parts = [code, settings, contents, tokenizer_fingerprint(tokenizer), asdict(encode)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
@@ -59,13 +64,17 @@ def find_start(folder: Path, key: str, sets: Path) -> dict[str, Any] | None:
 
 
 def remember_start(folder: Path, key: str, result: dict[str, Any]) -> None:
-    """Writes the record, whole or not at all."""
+    """Writes the record, whole or not at all. OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {split: Path(path).name for split, path in result["folders"].items()}
     descriptor, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-    with open(descriptor, "w", encoding="utf-8") as stream:
-        json.dump({"folders": names, "report": result["report"]}, stream)
-    os.replace(name, folder / f"{key}.json")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            json.dump({"folders": names, "report": result["report"]}, stream)
+        os.replace(name, folder / f"{key}.json")
+    finally:
+        with contextlib.suppress(OSError):  # gone when all went well
+            os.unlink(name)
 
 
 def _content_digest(path: Path) -> str | None:

@@ -4,6 +4,7 @@ The first process of each node reads, checks and tokenizes; the others wait on a
 and map the same arrays.
 """
 
+import contextlib
 import difflib
 import hashlib
 import io
@@ -80,7 +81,8 @@ def prepare_data(
             result = _prepare(section, tokenizer, encode, root / "sets")
             # Files that changed meanwhile are those of another start.
             if key is not None and contents == content_digests(section):
-                remember_start(root / "starts", key, result)
+                with contextlib.suppress(OSError):  # a full disk: the next start reads again
+                    remember_start(root / "starts", key, result)
             return result
 
         result = handover.lead(root / "handover", name, work)

@@ -145,15 +145,24 @@ def _choose_split(available: set[str], source: Source) -> str:
 def _slice(rows: datasets.Dataset, source: Source) -> datasets.Dataset:
     if source.split is None or "[" not in source.split:
         return rows
+    return rows.select(row_range(source, len(rows)))
+
+
+def row_range(source: Source, num_rows: int) -> range:
+    """The rows that `source.split` takes of the `num_rows` of its split. ValueError: no slice."""
     name = _split_name(source)
+    if name is None or "[" not in source.split:
+        return range(num_rows)
     try:
-        part = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(rows)})[0]
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: num_rows})
+        if len(parts) != 1:
+            raise ValueError("several parts")
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"{source.split_key}={source.split} is no slice ({error}); expected train[:1000] "
             "or train[:10%]"
         ) from error
-    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+    return range(parts[0].from_ or 0, num_rows if parts[0].to is None else parts[0].to)
 
 
 def _similar(path: Path) -> str:

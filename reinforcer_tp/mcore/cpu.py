@@ -49,19 +49,25 @@ class _TorchOnCpu(types.ModuleType):
         return make
 
 
+def _as_it_is(function=None, **options):
+    """torch.compile's ways to be called: on a function, or with options for the function after."""
+    return _as_it_is if function is None else function
+
+
 @contextlib.contextmanager
 def no_compiler() -> Iterator[None]:
     """Within it, without CUDA, `torch.compile` gives back the function that it is given.
 
     Megatron's modules decorate their fused functions when they are imported, and the decorator
     alone loads torch's compiler: a third of the time that the import of Megatron takes. On the CPU
-    these functions are never called (`mcore.model` keeps the fusions off).
+    these functions are never called (`mcore.model` keeps the fusions off). Megatron keeps what it
+    found under `jit_fuser`.
     """
     if torch.cuda.is_available():
         yield
         return
     original = torch.compile
-    torch.compile = lambda function: function
+    torch.compile = _as_it_is
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import kernels.blocks
 import kernels.collectives
 import kernels.linear_logprob
-from reinforcer_tp.mcore import model, schedule
+from reinforcer_tp.mcore import model, optim, schedule
 from reinforcer_tp.mcore.cpu import apply_cpu_support
 from reinforcer_tp.mcore.topology import Topology, megatron_topology
 
@@ -176,6 +176,7 @@ def _paths_of_cuda() -> contextlib.AbstractContextManager[None]:
     return _replaced(
         (model, "packed_attention_params", with_kernel),
         (model.RMSNorm, "forward", fused_norm),
+        (optim, "fuse_adam", lambda optimizer: None),  # on the CPU only
         (kernels.linear_logprob, "_implementation", lambda impl, *_: triton_operator),
         (kernels.linear_logprob, "check_label_range", lambda *_: None),  # on the CPU only
         (kernels.linear_logprob, "add_product", _product_of_cuda),

@@ -62,7 +62,7 @@ def build_training(
             _optimizer_config(policy, model.config.params_dtype, use_distributed), list(ddp)
         )
     if topology.device.type == "cpu":
-        _fuse_adam(optimizer)
+        fuse_adam(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = partial(_finalize_gradients, topology)
     if section.overlap_grad_reduce:
@@ -79,7 +79,7 @@ def build_training(
     )
 
 
-def _fuse_adam(optimizer: MegatronOptimizer) -> None:
+def fuse_adam(optimizer: MegatronOptimizer) -> None:
     """One pass over weight, gradient and moments where torch's AdamW makes ten: half the time."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not part.is_stub_optimizer:

@@ -206,6 +206,8 @@ def test_one_file_in_two_parts(tmp_path):
         (None, "train[2:]"),
         ("train[:2]", "train"),
         ("train[:2]", "train[:2]"),
+        ("train[:2]", "train[:1]"),
+        ("train[:2]", "train[1:]"),
     ):
         with pytest.raises(ValueError, match=r"share rows.*as in data\.split="):
             parts(split, val_split)
@@ -213,6 +215,8 @@ def test_one_file_in_two_parts(tmp_path):
         parts("train[:2]", "test")
     with pytest.raises(ValueError, match=r"data\.val_split=train\[x is no slice"):
         parts("train[:2]", "train[x")
+    with pytest.raises(ValueError, match=r"data\.split=.* is no slice \(several parts\)"):
+        parts("train[:1]+train[2:]", None)
 
 
 def test_a_folder_validates_on_the_split_that_is_asked_for(tmp_path):

@@ -138,6 +138,14 @@ def test_no_speed_where_losses_differ(precision, other, agrees):
     assert "no speed-up is reported" in said and "4.0" not in said
 
 
+def test_no_speed_where_log_probs_differ():
+    """The first loss is ln 2 whatever a model computes; its log-probs are not."""
+    rows = [row("ours", [LN2], [1.0]), row("trl", [LN2], [4.0])]
+    rows[0]["steps"][0]["logps_rejected"] *= 1 + 1.1e-4
+    with pytest.raises(ValueError, match=r"step 1: logps_rejected is -50.0055 \(ours\) and -50 "):
+        vs_trl_report.summarize(rows)
+
+
 def test_every_round_is_compared_with_every_other():
     rows = [
         row("ours", [LN2, 0.6], [1.0]),
