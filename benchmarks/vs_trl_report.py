@@ -143,7 +143,8 @@ def verdicts(summaries: Sequence[dict]) -> list[tuple[bool, str]]:
 
 HEADER = (
     "case", "trainer", "weights", "s a step (p20-p80)", "pairs/s", "ours is faster", "peak GiB",
-    "ours takes", "first step after", "largest difference of loss", "of log-probs", "of gradient norm",
+    "ours takes", "first step after", "largest difference of loss",
+    "of log-probs", "of gradient norm",
 )  # fmt: skip
 
 
