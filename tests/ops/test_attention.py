@@ -168,9 +168,9 @@ def test_the_error_is_near_that_of_sdpa_segment_by_segment(name, dtype, sharpnes
     for mine, plain, expected in zip(got, usual, right, strict=True):
         assert (mine - expected).norm() <= 1.5 * (plain - expected).norm()
         # The single worst number of a few hundred is a matter of luck within some roundings.
-        # (2.3 times SDPA's own on a Xeon whose products sum in another order.)
-        few_roundings = 4 * torch.finfo(dtype).eps * expected.abs().max()
-        assert worst(mine, expected) <= max(2 * worst(plain, expected), few_roundings)
+        # (2.3 times SDPA's own on a Xeon whose products sum in another order than an EPYC's.)
+        few_roundings = 2 * torch.finfo(dtype).eps * expected.abs().max()
+        assert worst(mine, expected) <= max(3 * worst(plain, expected), few_roundings)
 
 
 def with_gradients_in_float64(batch, tensors, upstream):

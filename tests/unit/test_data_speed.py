@@ -199,8 +199,8 @@ def test_rows_of_a_class_are_read_at_every_start(tmp_path, monkeypatch):
 
 def test_the_benchmark_measures_and_counts(tmp_path, capsys):
     case = "--rows 400 --sizes 400 --pairs 16 --workers 2 --results"
-    code = data_speed.main([*case.split(), str(tmp_path)])
-    [file] = tmp_path.iterdir()
+    code = data_speed.main([*case.split(), str(tmp_path / "results")])
+    [file] = (tmp_path / "results").iterdir()
     row = json.loads(file.read_text())
     missed = "missed" in capsys.readouterr().out
     assert code == (3 if missed else 0)
