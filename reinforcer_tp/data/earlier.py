@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from reinforcer_tp import strict_json, untrusted
 from reinforcer_tp.data.chat import EncodeOptions
 from reinforcer_tp.data.files import file_format
 from reinforcer_tp.data.sources import home_path
@@ -25,6 +24,7 @@ from reinforcer_tp.data.tokenizer import tokenizer_fingerprint
 from reinforcer_tp.untrusted import INDEX_BYTES, read_json
 
 FILE_DATASETS = (None, "auto", "DPODataset", "BinaryPreferenceDataset", "PreferenceDataset")
+_READERS = ("strict_json.py", "untrusted.py")
 _LIBRARIES = ("datasets", "jinja2", "tokenizers", "transformers")
 _CONTENTS = ("train_data_path", "val_data_path", "prompt_file", "system_prompt_file")
 
@@ -37,8 +37,9 @@ def start_key(
 ) -> str:
     """The key of a start with these."""
     settings = {name: value for name, value in section.items() if name != "num_workers"}
-    ours = [*Path(__file__).parent.glob("*.py"), strict_json.__file__, untrusted.__file__]
-    code = [_files_digest(sorted(map(Path, ours))), *map(version, _LIBRARIES)]
+    folder = Path(__file__).parent
+    ours = sorted(folder.glob("*.py")) + [folder.parent / name for name in _READERS]
+    code = [_files_digest(ours), *map(version, _LIBRARIES)]
     parts = [code, settings, contents, tokenizer_fingerprint(tokenizer), asdict(encode)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 

@@ -106,9 +106,9 @@ def check_extra(words: list[str]) -> None:
 
 RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"make [\w-]+", check_make),
-    (r"(python|torchrun) (.* )?reinforcer_tp/train\.py( |$)", check_training),
+    (r"(\.venv/bin/)?(python|torchrun) (.* )?reinforcer_tp/train\.py( |$)", check_training),
     (r"(DPO_\w+=\S+ )*(sbatch|bash) (--\S+ )*slurm/\w+\.sh( |$)", check_slurm),
-    (r"python -m [\w.]+( |$)", check_module),
+    (r"(\.venv/bin/)?python -m [\w.]+( |$)", check_module),
     (r"pip install (-e )?'(reinforcer-tp|\.)\[", check_extra),
 ]
 
